@@ -1,0 +1,238 @@
+"""The store on disk. An artifact appears whole or not at all; a hit is checked before it is believed.
+
+objects/<kind>/<digest>/   an artifact: its files and MANIFEST.json, read-only
+records/<key>.json         which artifact a stage run gave, with its whole key payload and provenance
+ledger.jsonl               append-only history
+tmp/.tmp-*                 being written; removed once its owner is dead
+work/<key>/                mid-stage state, kept for resuming
+locks/<name>.lock          held by flock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from artifacts import manifest, records
+from artifacts.keys import REPOSITORY, digest
+from artifacts.ledger import Ledger, now
+from artifacts.locks import FileLock, Owner
+from artifacts.records import Record
+from artifacts.refs import DIGEST, KIND, Ref
+from artifacts.temporary import TemporaryFolders
+
+ROOT_VARIABLE = "REASONING_QAT_STORE"
+FOLDERS = ("objects", "records", "tmp", "locks", "work")
+MOST_CANDIDATES = 8  # shown when a prefix is ambiguous
+
+
+class StoreError(Exception):
+    """The store cannot do what was asked; the message names the remedy."""
+
+
+class Store:
+    """Content-addressed artifacts under `root` (default: $REASONING_QAT_STORE, or artifacts/store)."""
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        chosen = root or os.environ.get(ROOT_VARIABLE) or REPOSITORY / "artifacts" / "store"
+        self.root = Path(chosen).expanduser().resolve()
+        self.ledger = Ledger(self.root / "ledger.jsonl")
+        self._temporary = TemporaryFolders(self.root / "tmp")
+        self._cached_records: dict[str, tuple[tuple[int, int], Record | None]] = {}
+        self._reported: set[tuple[str, str]] = set()
+        with self._disk_errors():
+            for name in FOLDERS:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            self._temporary.remove_stale()
+
+    def key(self, payload: dict[str, Any]) -> str:
+        """sha256 of the payload {stage, version, code, config, inputs}; ValueError for other fields."""
+        if set(payload) != set(records.PAYLOAD_FIELDS):
+            raise ValueError(f"a key payload has the fields {records.PAYLOAD_FIELDS}, not {tuple(payload)}")
+        return digest(payload)
+
+    def lookup(self, key: str, full: bool = False) -> Record | None:
+        """The record of `key` if its artifact is sound (manifest and sizes; `full`: every byte), else None.
+
+        A damaged or deleted artifact is noted in the ledger; `explain` tells why.
+        """
+        record, reason = self._inspect(key, full)
+        if reason and reason != "no record" and (key, reason) not in self._reported:
+            self._reported.add((key, reason))
+            with contextlib.suppress(OSError):  # a read must not fail because the history cannot be written
+                self.ledger.append("damaged", key=key, reason=reason)
+        return None if reason else record
+
+    def explain(self, key: str, full: bool = False) -> str:
+        """Why lookup gives None ("no record", "artifact missing: file x", "size differs: x"), or "sound"."""
+        return self._inspect(key, full)[1] or "sound"
+
+    def _inspect(self, key: str, full: bool) -> tuple[Record | None, str]:
+        try:
+            record = Record.from_json(self._record_path(key).read_bytes())
+            matches = record.key == key == self.key(record.payload)
+        except FileNotFoundError:
+            return None, "no record"
+        except (OSError, ValueError) as error:
+            return None, f"record unreadable: {error}"
+        if not matches:
+            return None, "record unreadable: it belongs to another key"
+        return record, "; ".join(self.verify(record.ref, full))
+
+    def records(self) -> Iterator[Record]:
+        """Every readable record, oldest first. Files seen before are not read again."""
+        seen = {}
+        with os.scandir(self.root / "records") as entries:
+            for entry in entries:
+                state = entry.stat()
+                stamp = (state.st_mtime_ns, state.st_ino)
+                known = self._cached_records.get(entry.name)
+                if known is None or known[0] != stamp:
+                    known = (stamp, _read_record(Path(entry.path)))
+                seen[entry.name] = known
+        self._cached_records = seen
+        readable = [record for _, record in seen.values() if record is not None]
+        return iter(sorted(readable, key=lambda record: (record.created, record.key)))
+
+    def nearest(self, payload: dict[str, Any]) -> tuple[Record, list[str]] | None:
+        """The record of the same stage that differs least, and the differences in words; None if none."""
+        return records.nearest(payload, self.records())
+
+    def new_folder(self) -> Path:
+        """An empty folder to write an artifact into; end with `commit` or `discard`."""
+        with self._disk_errors():
+            return self._temporary.new()
+
+    def discard(self, folder: Path) -> None:
+        """Remove a folder of `new_folder` that will not be committed; nothing happens if it was committed."""
+        self._temporary.remove(folder)
+
+    def commit(self, folder: Path, kind: str, key: str, payload: dict[str, Any], provenance: dict[str, Any]) -> Ref:
+        """Make `folder` (of `new_folder`) the artifact of `key`: flush, rename into place, record, ledger.
+
+        `folder` is gone afterwards, whatever happens. StoreError if the disk is full or it is no artifact.
+        """
+        if self.key(payload) != key:
+            raise ValueError("the key is not the key of the payload: pass store.key(payload)")
+        try:
+            with self._disk_errors():
+                entries = manifest.describe(folder)
+                ref = manifest.reference(kind, entries)
+                manifest.seal(folder, ref, entries)
+                self._install(folder, ref)
+                record = Record(key, payload, ref, provenance, now())
+                self._write_record(record)
+                self.ledger.append("commit", **record.to_dict())
+        except ValueError as error:
+            raise StoreError(f"cannot commit a {kind}: {error}") from error
+        finally:
+            self.discard(folder)
+        return ref
+
+    def _install(self, folder: Path, ref: Ref) -> None:
+        target = self._object_path(ref)
+        target.parent.mkdir(exist_ok=True)
+        with self._file_lock(f"object-{ref.digest}"):
+            if found := self.verify(ref, full=True):
+                if target.exists():
+                    self.ledger.append("repaired", ref=str(ref), reason="; ".join(found))
+                    aside = self.new_folder()
+                    os.rename(target, aside / "damaged")
+                    os.rename(folder, target)
+                    self.discard(aside)
+                else:
+                    os.rename(folder, target)
+                manifest.flush(target.parent)
+
+    def _write_record(self, record: Record) -> None:
+        folder, target = self.new_folder(), self._record_path(record.key)
+        try:
+            (folder / target.name).write_text(json.dumps(record.to_dict(), indent=1) + "\n")
+            manifest.flush(folder / target.name)
+            os.replace(folder / target.name, target)
+            manifest.flush(target.parent)
+        finally:
+            self.discard(folder)
+
+    def path(self, ref: Ref) -> Path:
+        """The folder of an artifact; its files are read-only. StoreError if it is not in the store."""
+        path = self._object_path(ref)
+        if not path.is_dir():
+            raise StoreError(f"{ref.kind}:{ref.short} is not in {self.root}: run its stage again")
+        return path
+
+    def verify(self, ref: Ref, full: bool = False) -> list[str]:
+        """What is wrong with an artifact: manifest, files, sizes, with `full` every byte. Empty if sound."""
+        return manifest.problems(self._object_path(ref), ref, full)
+
+    def resolve(self, prefix: str) -> Ref:
+        """The one artifact whose digest begins with `prefix`, with or without "kind:"; else StoreError."""
+        kind, _, start = prefix.strip().rpartition(":")
+        matches = [ref for ref in self._objects(kind) if start and ref.digest.startswith(start)]
+        if len(matches) == 1:
+            return matches[0]
+        if not matches:
+            raise StoreError(f"no artifact begins with {prefix!r} in {self.root}: `reasoning-qat ls` lists all")
+        shown = ", ".join(f"{ref.kind}:{ref.short}" for ref in matches[:MOST_CANDIDATES])
+        more = f" and {len(matches) - MOST_CANDIDATES} more" if len(matches) > MOST_CANDIDATES else ""
+        raise StoreError(f"{prefix!r} is ambiguous: {shown}{more}. Give more digits, or the kind and a colon")
+
+    def _objects(self, kind: str) -> Iterator[Ref]:
+        """Every artifact there is a folder for, of one kind or (kind "") of all, sorted."""
+        for folder in sorted((self.root / "objects").iterdir()):
+            if kind in ("", folder.name) and KIND.fullmatch(folder.name) and folder.is_dir():
+                yield from (Ref(folder.name, name) for name in sorted(os.listdir(folder)) if DIGEST.fullmatch(name))
+
+    def lock(self, key: str, on_wait: Callable[[Owner], None] | None = None) -> FileLock:
+        """`with store.lock(key):` one process at a time; `on_wait(owner)` tells who is waited for."""
+        return self._file_lock(_checked(key), on_wait)
+
+    def scratch(self, key: str) -> Path:
+        """The folder of `key` that survives a kill, for mid-stage state; made if it is not there."""
+        folder = self.root / "work" / _checked(key)
+        with self._disk_errors():
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def clear_scratch(self, key: str) -> None:
+        """Remove the mid-stage state of `key`."""
+        shutil.rmtree(self.root / "work" / _checked(key), ignore_errors=True)
+
+    def _file_lock(self, name: str, on_wait: Callable[[Owner], None] | None = None) -> FileLock:
+        return FileLock(self.root / "locks" / f"{name}.lock", on_wait)
+
+    def _object_path(self, ref: Ref) -> Path:
+        return self.root / "objects" / ref.kind / ref.digest
+
+    def _record_path(self, key: str) -> Path:
+        return self.root / "records" / f"{_checked(key)}.json"
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            cause = "the disk is full" if full else str(error)
+            remedy = "free space" if full else "make the folder writable"
+            message = f"{cause} (store {self.root}): {remedy}, or set {ROOT_VARIABLE} to another folder"
+            raise StoreError(message) from error
+
+
+def _read_record(path: Path) -> Record | None:
+    try:
+        return Record.from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _checked(key: str) -> str:
+    if not DIGEST.fullmatch(key):
+        raise ValueError(f"key {key!r}: need the 64 hexadecimal digits of Store.key")
+    return key

@@ -1,0 +1,148 @@
+"""Keys must never change by accident (golden files) and never collide by construction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artifacts.keys import canonical, code_digest, digest
+from artifacts.manifest import FileEntry, reference
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "keys.json").read_text())
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("case", GOLDEN["keys"], ids=lambda case: case["name"])
+def test_golden_keys(case: dict[str, Any]) -> None:
+    assert canonical(case["payload"]) == case["canonical"].encode()
+    assert digest(case["payload"]) == hashlib.sha256(case["canonical"].encode()).hexdigest() == case["digest"]
+
+
+def test_golden_artifact_digest() -> None:
+    case = GOLDEN["artifact"]
+    entries = [FileEntry(**entry) for entry in case["files"]]
+    assert reference(case["kind"], entries).digest == reference(case["kind"], entries[::-1]).digest == case["digest"]
+    assert reference("dataset", entries).digest != case["digest"]
+
+
+def test_values_that_python_calls_equal_differ() -> None:
+    values = [1, 1.0, True, "1", b"1", None, "None", [1], [[1]], {"1": 1}, 0, 0.0, -0.0, False, "", [], {}]
+    assert len({canonical(value) for value in values}) == len(values)
+
+
+@given(plain, plain)
+@settings(max_examples=200, deadline=None)
+def test_equal_bytes_only_for_equal_values(one: Any, other: Any) -> None:
+    same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    assert (canonical(one) == canonical(other)) == same
+
+
+@given(plain)
+@settings(max_examples=100, deadline=None)
+def test_json_round_trip_keeps_the_key(value: Any) -> None:
+    assert canonical(json.loads(json.dumps(value))) == canonical(value)
+
+
+def test_order_of_names_and_tuples_do_not_matter() -> None:
+    assert digest({"a": 1, "b": (1, 2)}) == digest({"b": [1, 2], "a": 1})
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2}, {1, 2}, np.float64(1.0), Path("x"), np.int64(3)])
+def test_unknown_types_are_refused_with_their_place(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"value\.config\.x"):
+        canonical({"config": {"x": value}})
+
+
+def test_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"value\.lr.*None"):
+        canonical({"lr": float("nan")})
+
+
+SOURCES = {
+    "tasks/__init__.py": "",
+    "tasks/kd.py": '"""Doc."""\nfrom tasks.stage import stage\nfrom tasks.data import packing\n\n'
+    'def kd(x):\n    """Doc."""\n    # comment\n    from quant.affine import scale\n'
+    "    return scale(x) + packing.N\n",
+    "tasks/stage.py": "import artifacts.store\nSTAGE = 1\n",
+    "tasks/data/__init__.py": "",
+    "tasks/data/packing.py": "from .inner import N\n",
+    "tasks/data/inner.py": "N = 1\n",
+    "tasks/other.py": "OTHER = 1\n",
+    "quant/__init__.py": "VERSION = None\n",
+    "quant/affine.py": "def scale(x):\n    return 2 * x\n",
+    "artifacts/__init__.py": "",
+    "artifacts/store.py": "S = 1\n",
+}
+
+
+def _digest_of(root: Path, edits: dict[str, str] | None = None) -> str:
+    for name, text in (SOURCES | (edits or {})).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return code_digest("tasks.kd", root)
+
+
+def test_code_digest_is_deterministic(tmp_path: Path) -> None:
+    assert _digest_of(tmp_path / "a") == _digest_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"tasks/kd.py": SOURCES["tasks/kd.py"].replace("Doc.", "Other words.").replace("# comment", "# why\n")},
+        {"quant/affine.py": "def scale(x):\n\n    '''New.'''\n    return (2*x)  # twice\n"},
+        {"tasks/stage.py": "STAGE = 2\n", "artifacts/store.py": "S = 2\n"},
+        {"tasks/other.py": "OTHER = 2\n"},
+    ],
+    ids=["docstring and comment", "layout", "infrastructure", "a module that is not imported"],
+)
+def test_edits_that_change_nothing_keep_the_digest(tmp_path: Path, edits: dict[str, str]) -> None:
+    assert _digest_of(tmp_path / "b", edits) == _digest_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"tasks/kd.py": SOURCES["tasks/kd.py"].replace("+", "-")},
+        {"quant/affine.py": "def scale(x):\n    return 3 * x\n"},
+        {"tasks/data/inner.py": "N = True\n"},
+        {"quant/__init__.py": "VERSION = 1\n"},
+        {"quant/__init__.py": "VERSION = 'None'\n"},
+        {"tasks/data/prompt.j2": "{{ question }}"},
+    ],
+    ids=[
+        "body",
+        "helper imported inside a function",
+        "relative import",
+        "package",
+        "None to 'None'",
+        "template",
+    ],
+)
+def test_edits_that_may_matter_change_the_digest(tmp_path: Path, edits: dict[str, str]) -> None:
+    assert _digest_of(tmp_path / "b", edits) != _digest_of(tmp_path / "a")
+
+
+def test_import_cycles_end(tmp_path: Path) -> None:
+    _digest_of(tmp_path, {"quant/affine.py": "import tasks.kd\n"})
+
+
+def test_unknown_module_names_the_packages(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no module 'tasks\.nothing'.*quant"):
+        code_digest("tasks.nothing", tmp_path)
+
+
+def test_this_repository_has_a_digest() -> None:
+    assert code_digest("artifacts.refs") == code_digest("artifacts.refs")

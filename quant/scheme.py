@@ -1,0 +1,136 @@
+"""What is quantized and how: bits, groups, symmetry, the scale rule and the dtype in which scales are stored.
+
+Conventions (b bits, scale s, zero z; codes q are integers and w ~ s * (q - z); paper, Eq. 1):
+
+- symmetric, "paper": s = max|w| / (2^(b-1) - 1), q in [-2^(b-1), 2^(b-1) - 1], z = 0 (so also QRM =
+  ruikangliu/Quantized-Reasoning-Models:methods/utils/quant_utils.py).
+- symmetric, "full_range": s = 2 max|w| / (2^b - 1), the same codes, z = 0. IST-DASLab/gptq:quant.py writes
+  this grid with codes [0, 2^b - 1] and the mid-point zero 2^(b-1); compressed-tensors uses it too.
+- asymmetric: s = (max - min) / (2^b - 1), z = round(-min / s), q in [0, 2^b - 1]. The range is first widened
+  to include 0, as QRM and GPTQ do, so that zero is a level. It fills its range and knows one scale rule only.
+
+A scale is rounded to `scale_dtype` before any use, so that a packed export holds the student's numbers.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+import torch
+
+ScaleRule = Literal["paper", "full_range"]
+ScaleDtype = Literal["bfloat16", "float16", "float32"]
+
+PER_CHANNEL = -1
+# One bit has no symmetric grid under the paper's rule (2^0 - 1 = 0); beyond eight, codes do not fit a byte.
+MIN_BITS, MAX_BITS = 2, 8
+USUAL_GROUP_SIZES = (32, 64, 128, 256)
+PRESETS = tuple(f"W{b}{group}" for b in (2, 3, 4, 8) for group in ("", "G32", "G64", "G128", "G256"))
+
+_NAME = re.compile(r"W(\d+)(?:G(\d+))?")
+_WITH_ACTIVATIONS = re.compile(r"W(\d+)(?=.*(?:A\d|KV\d))(?:A\d+|KV\d+|G\d+)+")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A weight-only quantization scheme; `Scheme.parse("W3G128")` is the usual way to make one."""
+
+    bits: int
+    group_size: int = PER_CHANNEL
+    symmetric: bool = True
+    scale_rule: ScaleRule = "paper"
+    scale_dtype: ScaleDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits must be from {MIN_BITS} to {MAX_BITS}, not {self.bits}")
+        if self.group_size != PER_CHANNEL and self.group_size < 1:
+            raise ValueError(f"group_size must be positive or {PER_CHANNEL}, not {self.group_size}")
+        for field, choices in (("scale_rule", get_args(ScaleRule)), ("scale_dtype", get_args(ScaleDtype))):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} must be one of {', '.join(choices)}, not {getattr(self, field)!r}")
+        if not self.symmetric and self.scale_rule != "paper":
+            raise ValueError("scale_rule is for symmetric schemes: leave it out, or set symmetric=True")
+
+    @classmethod
+    def parse(cls, name: str, **options: Any) -> "Scheme":
+        """`W<bits>[G<group size>]`: "W3G128", or "W4" for one group per output channel; options: fields.
+
+        ValueError for any other name, with the nearest valid one.
+        """
+        match = _NAME.fullmatch(name.strip().upper())
+        if match is None:
+            raise ValueError(_explain_unknown(name))
+        bits, group_size = match.groups()
+        return cls(int(bits), PER_CHANNEL if group_size is None else int(group_size), **options)
+
+    @property
+    def name(self) -> str:
+        """The name that `parse` reads: bits and group size; the other fields are options."""
+        return f"W{self.bits}" + ("" if self.group_size == PER_CHANNEL else f"G{self.group_size}")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The byte type that holds every code of this scheme."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        return getattr(torch, self.scale_dtype)
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups per row; ValueError names the group sizes that do work for `in_features`."""
+        if self.group_size == PER_CHANNEL:
+            return 1
+        if in_features % self.group_size:
+            works = ", ".join(map(str, working_group_sizes([in_features])))
+            raise ValueError(
+                f"{self.name}: group size {self.group_size} does not divide {in_features} input features; "
+                f"group sizes that work: {works} ({PER_CHANNEL} is one group per channel)"
+            )
+        return in_features // self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Scheme":
+        """The inverse of `to_dict`; ValueError for fields that this version does not know."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown scheme fields {unknown}; this version knows {sorted(known)}")
+        if "bits" not in values:
+            raise ValueError("a scheme needs the field 'bits'")
+        return cls(**values)
+
+
+def working_group_sizes(in_features: list[int]) -> list[int]:
+    """The usual group sizes that divide every one of `in_features`, and -1, which always works."""
+    return [size for size in USUAL_GROUP_SIZES if all(n % size == 0 for n in in_features)] + [PER_CHANNEL]
+
+
+def _explain_unknown(name: str) -> str:
+    text = name.strip().upper()
+    if match := _WITH_ACTIVATIONS.fullmatch(text):
+        group = re.search(r"G\d+", text)
+        weight_only = f"W{match[1]}" + (group[0] if group else "")
+        return (
+            f"scheme {name!r} names activations or the KV cache; weight-only schemes are supported by this "
+            f"version, such as its weight part {weight_only!r}"
+        )
+    nearest = get_close_matches(text, PRESETS, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return (
+        f"unknown scheme {name!r}: {hint}A name is W<bits>[G<group size>], such as 'W3G128', "
+        "or 'W4' for one group per output channel"
+    )

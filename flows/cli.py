@@ -1,0 +1,258 @@
+"""The console script `reasoning-qat`."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from artifacts.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from artifacts.records import Record
+    from flows.config import RunConfig
+
+app = typer.Typer(
+    name="reasoning-qat",
+    help="Turn a reasoning LLM into a low-bit one that still reasons: a workflow of cached stages.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes, read from the source so that completion needs no heavy import."""
+    tree = ast.parse((Path(__file__).parent / "recipes.py").read_text())
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "recipe" for d in node.decorator_list)
+    ]
+
+
+Recipe = Annotated[str, typer.Argument(help="A recipe; see `reasoning-qat recipes`.", autocompletion=recipe_names)]
+Sets = Annotated[
+    list[str], typer.Option("--set", help="section.field=value on all branches; label:section.field=value on one.")
+]
+Branches = Annotated[list[str], typer.Option("--branch", help="Only branches whose label contains this text.")]
+Force = Annotated[list[str], typer.Option("--force", help="Run this stage again although it is cached.")]
+Until = Annotated[str | None, typer.Option("--until", help="The last stage to run, for example ptq_init.")]
+Checkpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="Evaluate the checkpoint with this digest instead of the branches.")
+]
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """One message with the remedy instead of a traceback for everything a user can mend."""
+    from flows.server import ServerError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("\ninterrupted; the same command resumes from the last checkpoint", style="yellow")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (StoreError, ServerError) as error:
+        _fail(error, EXIT_FAILED)
+    except ValueError as error:
+        if type(error).__name__ != "ConfigError":
+            raise
+        _fail(error, EXIT_BAD_INPUT)
+    except Exception as error:
+        if type(error).__name__ != "StageError":
+            raise
+        _fail(error, EXIT_FAILED)
+
+
+def _fail(error: Exception, code: int) -> None:
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+    errors.print(f"[bold red]error:[/] {escape(str(error) + notes)}", highlight=False)
+    raise typer.Exit(code) from error
+
+
+def load_run(recipe: str, sets: list[str], branches: list[str], checkpoint: str | None) -> RunConfig:
+    """The configured run of a recipe; ConfigError names the nearest valid name."""
+    from flows.config import ConfigError, nearest
+    from flows.recipes import configured
+
+    if recipe not in recipe_names():
+        raise ConfigError(f"unknown recipe {recipe!r}; {nearest(recipe, recipe_names())}")
+    return configured(recipe, sets, branches, checkpoint)
+
+
+def check_request(recipe: str, sets: list[str], branches: list[str], checkpoint: str | None, stages: list[str]) -> None:
+    """Tell bad input before any compute is spent: unknown names, values that do not fit, missing local files."""
+    from flows.graph import build_graph, check_stage_names
+    from flows.stage_runs import stage_run
+
+    check_stage_names(stages)
+    for node in build_graph(load_run(recipe, sets, branches, checkpoint)).nodes.values():
+        stage_run(node, Store(), "cpu", [])
+
+
+@app.command(
+    epilog="Examples:  reasoning-qat run demo   |   reasoning-qat run tiny_w2g128 --set kd_train.steps=20   |   "
+    "reasoning-qat run qwen3_0_6b_w3g128 --set model=/models/Qwen3-0.6B --until ptq_init"
+)
+def run(
+    recipe: Recipe,
+    sets: Sets = [],  # noqa: B006 - typer reads the default
+    branch: Branches = [],  # noqa: B006
+    force: Force = [],  # noqa: B006
+    until: Until = None,
+    only_cached: Annotated[bool, typer.Option("--only-cached", help="Fail rather than compute.")] = False,
+    checkpoint: Checkpoint = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Stages at a time.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder for the report.")] = Path("outputs"),
+) -> None:
+    """Run a recipe: every stage that is not cached, then the report."""
+    from flows.server import server
+
+    with clear_errors():
+        with server() as ready:
+            check_request(recipe, sets, branch, checkpoint, [*force, *([until] if until else [])])
+            ready()
+            from flows.reasoning_qat import reasoning_qat
+
+            report = reasoning_qat(
+                recipe=recipe, overrides=sets, branches=branch, force=force, until=until, only_cached=only_cached,
+                checkpoint=checkpoint, jobs=jobs,
+            )  # fmt: skip
+        if report is not None:
+            _show_report(recipe, str(report), output)
+
+
+def _show_report(recipe: str, report: str, output: Path) -> None:
+    from flows.reporting import copy_report, print_ladder
+
+    store = Store()
+    folder = store.path(store.resolve(report))
+    print_ladder(folder, console)
+    console.print(f"report: {copy_report(folder, output / recipe)}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example:  reasoning-qat plan demo --set kd_train.learning_rate=2e-4")
+def plan(
+    recipe: Recipe,
+    sets: Sets = [],  # noqa: B006
+    branch: Branches = [],  # noqa: B006
+    force: Force = [],  # noqa: B006
+    until: Until = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Show per stage HIT or MISS and why, without running anything."""
+    from flows.server import configure
+
+    configure()
+    with clear_errors():
+        from flows.graph import build_graph, check_stage_names
+        from flows.plan import plan_graph
+        from flows.stage_runs import Resources
+
+        configured_run = load_run(recipe, sets, branch, checkpoint)
+        check_stage_names(force)
+        graph = build_graph(configured_run, until)
+        planned = plan_graph(graph, Store(), Resources.detect().device, force)
+    table = Table("stage", "status", "why", "artifact", title=f"{recipe}: {len(configured_run.branches)} branches")
+    for item in planned:
+        colour = "cyan" if item.status == "HIT" else "yellow"
+        table.add_row(
+            escape(item.node.label), f"[{colour}]{item.status}[/]", escape(item.reason), item.ref.short if item.ref else ""
+        )
+    console.print(table)
+    hits = sum(item.status == "HIT" for item in planned)
+    console.print(
+        f"{len(planned)} stages ({graph.num_stages_unshared()} if no branch shared any): "
+        f"{hits} cached, {len(planned) - hits} to run; then the report"
+    )
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from flows.server import configure
+
+    configure()
+    from flows.recipes import RECIPES
+
+    table = Table("recipe", "branches", "what it is")
+    for name, make in RECIPES.items():
+        made = make()
+        table.add_row(name, str(len(made.branches)), made.description)
+    console.print(table)
+
+
+@app.command()
+def ls(
+    stage: Annotated[str | None, typer.Option(help="Only artifacts of this stage.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON record per line.")] = False,
+) -> None:
+    """List the artifacts in the store, newest last."""
+    records = [r for r in Store().records() if stage in (None, r.stage)]
+    records.sort(key=lambda r: r.created)
+    if as_json:
+        for record in records:
+            typer.echo(json.dumps(record.to_dict()))
+        return
+    table = Table("made", "stage", "kind", "digest", "seconds", "result")
+    for record in records:
+        seconds = f"{record.provenance.get('wall_seconds', 0):.1f}"
+        table.add_row(record.created[:19], record.stage, record.ref.kind, record.ref.short, seconds, _result(record))
+    console.print(table)
+
+
+def _result(record: Record) -> str:
+    metrics = record.provenance.get("metrics", {})
+    shown = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return escape("  ".join(f"{k} {v:.4g}" for k, v in list(shown.items())[:3]))
+
+
+@app.command()
+def show(
+    digest: Annotated[str, typer.Argument(help="A digest, or a unique beginning of one.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file again.")] = False,
+) -> None:
+    """Show an artifact: where it is, how it was made, and whether it is intact."""
+    with clear_errors():
+        store = Store()
+        ref = store.resolve(digest)
+        problems = store.verify(ref, full=verify)
+        path = store.path(ref) if not problems else None
+    checked = "hashes" if verify else "sizes"
+    console.print(f"[bold]{ref.kind}[/] {ref.digest}", highlight=False, soft_wrap=True)
+    console.print(f"path   {path}\nintact {'yes (' + checked + ')' if path else 'NO: ' + '; '.join(problems)}", soft_wrap=True)
+    for record in (r for r in store.records() if r.ref == ref):
+        console.print_json(json.dumps(record.to_dict()))
+    if problems:
+        errors.print("run the recipe that made it again: the stage is recomputed")
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(help="Port on loopback.")] = 4200,
+) -> None:
+    """Start the Prefect server, a work pool, the deployments and a worker on loopback, until Ctrl-C."""
+    from flows.serve import serve as serve_forever
+
+    with clear_errors():
+        serve_forever(port, errors)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    app()

@@ -1,0 +1,190 @@
+"""RunConfig: every stage's configuration in one frozen model; a run is a set of named branches."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from tasks.base_model import BaseModelConfig
+from tasks.calibrate import CalibrateConfig
+from tasks.dataset import DatasetConfig
+from tasks.evaluate import EvaluateConfig
+from tasks.grpo_train import GRPOTrainConfig
+from tasks.kd_train import KDTrainConfig
+from tasks.pretrain import PretrainConfig
+from tasks.ptq_init import PTQInitConfig
+from tasks.sft_train import SFTTrainConfig
+from tasks.stage import StageConfig
+from tasks.teacher_topk import TeacherTopKConfig
+
+ALIASES = {"model": "base_model.model"}
+
+
+class ConfigError(ValueError):
+    """A configuration the user can mend; the message names the nearest valid choice."""
+
+
+class BranchConfig(StageConfig):
+    """One path through the workflow; a section that is None is skipped.
+
+    The model it starts from is brought in (`base_model`), trained from nothing (`pretrain`), or already in the store
+    (`checkpoint`, a digest).
+    """
+
+    base_model: BaseModelConfig | None = None
+    pretrain: PretrainConfig | None = None
+    checkpoint: str | None = None
+    calibration_data: DatasetConfig | None = None
+    calibrate: CalibrateConfig | None = None
+    ptq_init: PTQInitConfig | None = None
+    train_data: DatasetConfig | None = None
+    teacher_topk: TeacherTopKConfig | None = None
+    sft_train: SFTTrainConfig | None = None
+    kd_train: KDTrainConfig | None = None
+    rl_data: DatasetConfig | None = None
+    grpo_train: GRPOTrainConfig | None = None
+    test_data: DatasetConfig | None = None
+    evaluate: EvaluateConfig | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> BranchConfig:
+        starts = (self.base_model, self.pretrain, self.checkpoint)
+        if sum(start is not None for start in starts) != 1:
+            raise ValueError("give exactly one of base_model, pretrain and checkpoint")
+        trained = self.sft_train or self.kd_train or self.grpo_train
+        needs = [
+            (trained, "ptq_init", "training adapts a quantized model"),
+            (self.sft_train or self.kd_train, "train_data", "SFT and KD read it"),
+            (self.grpo_train, "rl_data", "GRPO draws its prompts from it"),
+            (self.calibrate, "calibration_data", "calibrate reads it"),
+            (self.evaluate, "test_data", "evaluate reads it"),
+        ]
+        for wanted, section, reason in needs:
+            if wanted is not None and getattr(self, section) is None:
+                raise ValueError(f"{section} is missing: {reason}")
+        return self
+
+
+class RunConfig(StageConfig):
+    """A named set of branches; their union is the workflow, and each distinct stage runs once."""
+
+    name: str
+    description: str = ""
+    branches: dict[str, BranchConfig] = Field(min_length=1)
+    reference: str | None = None
+    """The branch that the others are compared with in the report (paired, per problem)."""
+    comparisons: tuple[tuple[str, str], ...] = ()
+    """Pairs of branches whose difference the report gives as well, the one expected to be better first."""
+
+    @model_validator(mode="after")
+    def _known_branches(self) -> RunConfig:
+        named = {self.reference, *(label for pair in self.comparisons for label in pair)} - {None}
+        if unknown := named - set(self.branches):
+            raise ValueError(f"{sorted(map(str, unknown))} are no branches: {', '.join(self.branches)}")
+        return self
+
+    def select(self, patterns: Sequence[str]) -> RunConfig:
+        """The run with only the branches whose label contains one of the patterns (case-insensitive)."""
+        if not patterns:
+            return self
+        kept = {k: v for k, v in self.branches.items() if any(p.lower() in k.lower() for p in patterns)}
+        if not kept:
+            raise ConfigError(f"no branch matches {list(patterns)}; the branches are: {', '.join(self.branches)}")
+        return self.with_branches(kept)
+
+    def with_branches(self, branches: dict[str, BranchConfig]) -> RunConfig:
+        """The run with other branches; comparisons with branches that are gone are dropped."""
+        reference = self.reference if self.reference in branches else None
+        comparisons = tuple(pair for pair in self.comparisons if set(pair) <= set(branches))
+        return self.model_copy(update={"branches": branches, "reference": reference, "comparisons": comparisons})
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """A hint for a mistyped name: the nearest valid one, and all of them."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid: {', '.join(valid)}"
+
+
+def apply_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`section.field=value` on every branch that has the section; `label:section.field=value` on one branch.
+
+    Values are YAML, so `3`, `1e-5`, `true`, `[42, 43]` and `null` mean what they say; `section=null` skips a stage.
+    Raises ConfigError for unknown keys and values that do not fit, naming the nearest valid key.
+    """
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override!r}: write section.field=value, for example kd_train.steps=20")
+        label, _, path = key.rpartition(":")
+        run = _override(run, label, ALIASES.get(path, path), _parse(text))
+    return run
+
+
+def _parse(text: str) -> Any:
+    value = yaml.safe_load(text)
+    # YAML 1.1 reads 1e-5 as a string; people who type it mean the number.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _override(run: RunConfig, label: str, path: str, value: Any) -> RunConfig:
+    if label and label not in run.branches:
+        raise ConfigError(f"unknown branch {label!r}; {nearest(label, list(run.branches))}")
+    section, _, rest = path.partition(".")
+    if section not in BranchConfig.model_fields:
+        raise ConfigError(f"unknown key {path!r}; {nearest(section, [*BranchConfig.model_fields, *ALIASES])}")
+    branches, touched = dict(run.branches), False
+    for name, branch in run.branches.items():
+        if label in ("", name) and (getattr(branch, section) is not None or not rest):
+            branches[name] = _with_value(branch, path, value)
+            touched = True
+    if not touched:
+        raise ConfigError(f"--set {path}: no selected branch has a stage {section!r}")
+    return run.with_branches(branches)
+
+
+def _with_value(branch: BranchConfig, path: str, value: Any) -> BranchConfig:
+    data = branch.model_dump()
+    *parents, leaf = path.split(".")
+    node: dict[str, Any] = data
+    model: type[BaseModel] = BranchConfig
+    for part in parents:
+        model = _submodel(model, part)
+        node = node[part]
+    if leaf not in model.model_fields:
+        raise ConfigError(f"unknown key {path!r}; {nearest(leaf, list(model.model_fields))}")
+    node[leaf] = value
+    try:
+        return BranchConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
+
+
+def _submodel(model: type[BaseModel], part: str) -> type[BaseModel]:
+    if part not in model.model_fields:
+        raise ConfigError(f"unknown key {part!r}; {nearest(part, list(model.model_fields))}")
+    annotation = model.model_fields[part].annotation
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    raise ConfigError(f"{part!r} is a value, it has no fields below it")
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error in one line per problem: where, what, and what was given."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "configuration"
+        given = "" if isinstance(item["input"], dict | BaseModel) else f" (given: {item['input']!r})"
+        lines.append(f"{where}: {item['msg']}{given}")
+    return "; ".join(lines)

@@ -1,0 +1,78 @@
+"""What a person sees while a run goes on: one line per stage with its state, rate and time left."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+
+from tasks.execute import Outcome
+
+
+class RunDisplay:
+    """Live progress bars on a terminal; elsewhere (a worker, CI) one printed line per stage that starts or ends."""
+
+    def __init__(self, console: Console, num_stages: int) -> None:
+        self._console = console
+        self._num_stages = num_stages
+        self._num_finished = 0
+        self._lock = threading.Lock()
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[info]}"),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, label: str, event: dict[str, Any]) -> None:
+        """Take one event of a stage: {"state": "running" | "cached" | "done", ...}; called from many threads."""
+        with self._lock:
+            if event["state"] == "running":
+                self._running(label, event)
+            else:
+                self._finished(label, event["state"], event["outcome"])
+
+    def _running(self, label: str, event: dict[str, Any]) -> None:
+        if label not in self._bars:
+            self._bars[label] = self._progress.add_task(label, total=None, unit="", rate="", info="")
+            if not self._console.is_terminal:
+                self._console.print(f"[dim]start[/]   {label}")
+        if "total" in event:
+            bar = self._bars[label]
+            self._progress.update(
+                bar, completed=event["done"], total=event["total"], unit=event["unit"], info=_info(event["info"])
+            )
+            speed = next(task.speed for task in self._progress.tasks if task.id == bar)
+            self._progress.update(bar, rate=f"{speed:.2g}/s" if speed else "")
+
+    def _finished(self, label: str, state: str, outcome: Outcome) -> None:
+        self._num_finished += 1
+        if label in self._bars:
+            self._progress.remove_task(self._bars.pop(label))
+        mark = "[cyan]cached[/] " if state == "cached" else "[green]done[/]   "
+        count = f"[dim]{self._num_finished}/{self._num_stages}[/]"
+        self._console.print(f"{mark} {label}  [dim]{outcome.ref.kind} {outcome.ref.short}[/]  {count}", highlight=False)
+
+
+def _info(info: dict[str, Any]) -> str:
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())

@@ -1,0 +1,83 @@
+"""The flow "reasoning-qat": base -> calibrate -> ptq_init -> kd_train -> grpo_train -> evaluate -> report, per branch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prefect import flow
+from prefect.futures import wait
+from pydantic import Field
+from rich.console import Console
+
+from artifacts.refs import Ref
+from artifacts.store import Store
+from flows.config import RunConfig
+from flows.display import RunDisplay
+from flows.graph import Graph, build_graph, check_stage_names
+from flows.publish import publish_lineage, publish_report
+from flows.recipes import RECIPES, configured
+from flows.reporting import report_run
+from flows.runner import submit_graph
+from flows.stage_runs import Resources
+from tasks.execute import Outcome
+from tasks.executor import StageExecutor
+from tasks.prefect_tasks import TaskOptions, stage_task
+
+RecipeName = Literal[tuple(RECIPES)]  # type: ignore[valid-type]
+StageName = Literal[
+    "base_model", "pretrain", "dataset", "calibrate", "ptq_init", "teacher_topk", "sft_train", "kd_train",
+    "grpo_train", "evaluate", "report",
+]  # fmt: skip
+
+
+@flow(name="reasoning-qat", flow_run_name="{recipe}", persist_result=False)
+def reasoning_qat(
+    recipe: RecipeName = "tiny_w2g128",
+    overrides: list[str] = Field(default=[], description="section.field=value, as on the command line's --set"),
+    branches: list[str] = Field(default=[], description="only the branches whose label contains one of these"),
+    force: list[StageName] = Field(default=[], description="stages to run again although they are cached"),
+    until: StageName | None = Field(default=None, description="the last stage to run"),
+    only_cached: bool = Field(default=False, description="fail rather than compute a stage that is not cached"),
+    checkpoint: str | None = Field(default=None, description="evaluate this checkpoint digest instead of the branches"),
+    jobs: int | None = Field(default=None, ge=1, description="stages at a time; default: 1 on a GPU, the cores on a CPU"),
+) -> str | None:
+    """Turn a reasoning model into a low-bit one that still reasons: quantize, distil, reinforce, evaluate, report.
+
+    Returns the reference of the report, or None when `until` ends the run before it.
+    """
+    run = configured(recipe, overrides, branches, checkpoint)
+    graph = build_graph(run, until)
+    with_report = until in (None, "report") and any("evaluate" in roles for roles in graph.roles.values())
+    report = run_graph(run, graph, force=force, only_cached=only_cached, jobs=jobs, with_report=with_report)
+    return None if report is None else str(report)
+
+
+def run_graph(
+    run: RunConfig, graph: Graph, *, force: list[str], only_cached: bool, jobs: int | None, with_report: bool
+) -> Ref | None:
+    """Run every node of the graph inside the current Prefect flow run, then the report of the branches.
+
+    Raises the first stage error in the order of the data flow, after the stages that do not depend on it have ended.
+    """
+    check_stage_names(force)
+    store, resources = Store(), Resources.detect(jobs)
+    executor = StageExecutor(resources.jobs, resources.num_threads)
+    console = Console(stderr=True)
+    try:
+        with RunDisplay(console, len(graph.nodes) + int(with_report)) as display:
+            options = {"only_cached": only_cached, "on_event": display}
+            futures = submit_graph(graph, store, executor, resources, options=options, forced=force)
+            wait(list(futures.values()))
+            outcomes: dict[str, Outcome] = {identity: future.result() for identity, future in futures.items()}
+            publish_lineage(run, graph, outcomes)
+            if not with_report:
+                return None
+            report, inputs = report_run(run, graph, outcomes, store, force="report" in force)
+            outcome = stage_task(report.stage)("report", report, TaskOptions(executor, on_event=display), inputs)
+            publish_report(run, store.path(outcome.ref))
+            return outcome.ref
+    except KeyboardInterrupt:
+        executor.kill()
+        raise
+    finally:
+        executor.close()

@@ -1,0 +1,95 @@
+"""From a finished graph to the report stage, and from its artifact to the terminal and a folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from artifacts.store import Store
+from flows.config import BranchConfig, RunConfig
+from flows.graph import Graph
+from tasks.execute import Outcome, StageRun
+from tasks.report import COMPARISONS_FILE, HTML_FILE, LADDER_FILE, ReportBranch, ReportConfig, ReportStage, report
+from tasks.reporting import tables
+from tasks.reporting.comparisons import comparison_text
+
+TRAINING_ROLES = ("pretrain", "sft_train", "kd_train", "grpo_train")
+
+
+def report_run(
+    run: RunConfig, graph: Graph, outcomes: Mapping[str, Outcome], store: Store, *, force: bool
+) -> tuple[StageRun, dict[str, Outcome]]:
+    """The report stage of a finished run and its inputs: evaluations, test sets and training logs."""
+    inputs: dict[str, Outcome] = {}
+    branches = tuple(
+        _branch(run, label, graph, outcomes, inputs) for label, roles in graph.roles.items() if "evaluate" in roles
+    )
+    stages = tuple(
+        ReportStage(
+            role=node.role,
+            digest=outcomes[node.id].ref.digest,
+            kind=outcomes[node.id].ref.kind,
+            branches=tuple(node.branches),
+            config=node.config.model_dump(mode="json"),
+            inputs={name: _ref(upstream, graph, outcomes) for name, upstream in node.inputs.items()},
+        )
+        for node in graph.nodes.values()
+    )
+    config = ReportConfig(
+        title=run.name, description=run.description, reference=run.reference, comparisons=run.comparisons,
+        branches=branches, stages=stages,
+    )  # fmt: skip
+    return StageRun(report, config, {}, store.root, force=force), inputs
+
+
+def _ref(identity: str, graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
+    return str(graph.given.get(identity) or outcomes[identity].ref)
+
+
+def _branch(
+    run: RunConfig, label: str, graph: Graph, outcomes: Mapping[str, Outcome], inputs: dict[str, Outcome]
+) -> ReportBranch:
+    roles = graph.roles[label]
+
+    def artifact(role: str) -> str:
+        outcome = outcomes[roles[role]]
+        name = f"{role}_{outcome.ref.short}"
+        inputs[name] = outcome
+        return name
+
+    checkpoint = _ref(graph.nodes[roles["evaluate"]].inputs["checkpoint"], graph, outcomes)
+    return ReportBranch(
+        label=label,
+        scheme=_scheme(run.branches[label]),
+        checkpoint=checkpoint.partition(":")[2],
+        evaluation=artifact("evaluate"),
+        test_data=artifact("test_data"),
+        logs={role: artifact(role) for role in TRAINING_ROLES if role in roles},
+        command=f'reasoning-qat run {run.name} --branch "{label}"',
+    )
+
+
+def _scheme(branch: BranchConfig) -> str:
+    return branch.ptq_init.scheme if branch.ptq_init is not None else "BF16"
+
+
+def print_ladder(folder: Path, console: Console) -> None:
+    """The ladder and the comparisons of a report artifact, for the terminal."""
+    ladder = pd.read_parquet(folder / LADDER_FILE)
+    console.print(tables.rich_table(tables.ladder_text(ladder), "accuracy"))
+    comparisons = pd.read_parquet(folder / COMPARISONS_FILE)
+    if len(comparisons):
+        console.print(tables.rich_table(comparison_text(comparisons), "paired differences, in points"))
+
+
+def copy_report(folder: Path, target: Path) -> Path:
+    """Copy the files of a report artifact to where a person looks for them; returns the page."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir()):
+        if file.name != "MANIFEST.json":
+            shutil.copyfile(file, target / file.name)
+    return target / HTML_FILE

@@ -1,0 +1,104 @@
+"""Branches on the bundled tiny reasoning model.
+
+Its training settings were chosen on problems of the calibration split; the test split was not looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows.config import BranchConfig
+from tasks.base_model import BaseModelConfig
+from tasks.calibrate import CalibrateConfig
+from tasks.dataset import DatasetConfig
+from tasks.evaluate import EvaluateConfig
+from tasks.grpo_train import GRPOTrainConfig
+from tasks.kd_train import KDTrainConfig
+from tasks.ptq_init import PTQInitConfig
+from tasks.sft_train import SFTTrainConfig
+
+MAX_NEW_TOKENS = 192
+TEST = DatasetConfig(source="bundled", split="test", num_examples=1000, seed=999)
+EVALUATE = EvaluateConfig(name="bundled", max_new_tokens=MAX_NEW_TOKENS, seeds=(42, 43, 44), batch_size=384)
+
+# One set of values for SFT and KD, so that they differ in the objective alone.
+QAT: dict[str, Any] = {
+    "steps": 120,
+    "learning_rate": 2e-4,
+    "warmup_steps": 10,
+    "batch_size": 32,
+    "micro_batch_size": 32,
+    "checkpoint_every": 20,
+    "max_length": 512,
+    "mixed_precision": "bf16",
+    "attention": "eager",
+}
+GRPO: dict[str, Any] = {
+    "steps": 20,
+    "learning_rate": 5e-5,
+    "warmup_steps": 2,
+    "batch_size": 96,
+    "micro_batch_size": 96,
+    "checkpoint_every": 5,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "mixed_precision": "bf16",
+    "attention": "eager",
+}
+
+
+def tiny_branch(
+    scheme: str | None = None,
+    *,
+    method: str = "gptq",
+    calibration: str = "bundled",
+    sft: bool = False,
+    kd: bool = False,
+    kd_data: str = "bundled",
+    grpo: bool = False,
+) -> BranchConfig:
+    """One branch: the bundled model as it is, or quantized to `scheme` and trained as told.
+
+    RTN starts are symmetric with a recomputed grid and GPTQ starts asymmetric with a frozen one (paper, section 3.1).
+    """
+    if scheme is None:
+        return BranchConfig(base_model=BaseModelConfig(), test_data=TEST, evaluate=EVALUATE)
+    gptq = method == "gptq"
+    scale_mode = "frozen" if gptq else "recomputed"
+    return BranchConfig(
+        base_model=BaseModelConfig(),
+        calibration_data=DatasetConfig(source=calibration, split="calibration", num_examples=256, seed=5),
+        calibrate=_calibrate(calibration) if gptq else None,
+        ptq_init=PTQInitConfig(scheme=scheme, method=method, symmetric=not gptq, mse_clip=gptq, batch_size=64),
+        train_data=DatasetConfig(source=kd_data, split="train", num_examples=4096, seed=4242),
+        sft_train=SFTTrainConfig(scale_mode=scale_mode, **QAT) if sft else None,
+        kd_train=KDTrainConfig(scale_mode=scale_mode, **QAT) if kd else None,
+        rl_data=DatasetConfig(source="bundled", split="train", num_examples=1024, seed=77),
+        grpo_train=GRPOTrainConfig(scale_mode=scale_mode, **GRPO) if grpo else None,
+        test_data=TEST,
+        evaluate=EVALUATE,
+    )
+
+
+def _calibrate(source: str) -> CalibrateConfig:
+    """The model answers the problems itself; plain text has nothing to answer and is taken as given."""
+    responses = "generated" if source == "bundled" else "given"
+    return CalibrateConfig(
+        responses=responses, packing="examples", num_sequences=256, sequence_length=256, max_new_tokens=MAX_NEW_TOKENS
+    )
+
+
+def tiny_ladder(scheme: str) -> dict[str, BranchConfig]:
+    """The rungs of the paper's Table 5 that the demo climbs, at one scheme."""
+    return {
+        f"{scheme} RTN": tiny_branch(scheme, method="rtn"),
+        f"{scheme} GPTQ": tiny_branch(scheme),
+        f"{scheme} GPTQ+SFT": tiny_branch(scheme, sft=True),
+        f"{scheme} GPTQ+KD": tiny_branch(scheme, kd=True),
+        f"{scheme} GPTQ+KD+GRPO": tiny_branch(scheme, kd=True, grpo=True),
+    }
+
+
+def ladder_comparisons(scheme: str) -> tuple[tuple[str, str], ...]:
+    """What the paper leads one to expect: each pair's first above its second."""
+    rungs = (("GPTQ", "RTN"), ("GPTQ+KD", "GPTQ"), ("GPTQ+KD", "GPTQ+SFT"), ("GPTQ+KD+GRPO", "GPTQ+KD"))
+    return tuple((f"{scheme} {better}", f"{scheme} {worse}") for better, worse in rungs)

@@ -1,0 +1,107 @@
+"""The report: one HTML file that needs no network, script or other file. Model output in it is only text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from tasks.reporting import figures, tables
+from tasks.reporting.comparisons import comparison_table, comparison_text
+from tasks.reporting.data import SHORT_DIGEST, ReportData, SampleRow, StageRow, TrainingCurve
+
+TEMPLATE = "report.html.j2"
+LONGEST_TEXT = 6000  # characters of a completion that are shown: the first and the last half of it
+RL_STAGES = ("grpo_train",)
+
+
+def build_report(data: ReportData) -> str:
+    """The HTML page of `data`: the same data give the same bytes."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    table = tables.ladder_table(data.rows)
+    page = environment.get_template(TEMPLATE).render(
+        report=data,
+        ladder=_cells(tables.ladder_text(table, data.reference)),
+        noise=[tables.is_noise(row) for _, row in table.iterrows()],
+        comparisons=_cells(comparison_text(comparison_table(data.comparisons))),
+        # matplotlib escapes the text it writes, so the element is safe to stand as it is.
+        figures=[(caption, Markup(figures.svg(figure))) for _, caption, figure in report_figures(data, table)],
+        lineage=_lineage(data.stages),
+        stages=[(anchor, stage, dict(_flatten(stage.config))) for anchor, stage in _anchored(data.stages)],
+        samples=[_shortened(sample) for sample in data.samples],
+        commands=[row for row in data.rows if row.command],
+        provenance=dict(_flatten(data.provenance)),
+        short=lambda digest: digest[:SHORT_DIGEST],
+    )
+    # Lone surrogates cannot be written as UTF-8, and a NUL ends the text for some parsers.
+    return page.lstrip().replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode("utf-8")
+
+
+def _cells(table: pd.DataFrame) -> dict[str, Any]:
+    """Heading, alignment and cells of a table of text."""
+    numeric = [tables.is_numeric(table[name]) for name in table.columns]
+    return {"columns": list(table.columns), "numeric": numeric, "rows": table.to_numpy().tolist()}
+
+
+def report_figures(data: ReportData, table: pd.DataFrame) -> list[tuple[str, str, Figure]]:
+    """(name, caption, figure) of every figure there is data for."""
+    drawn = [("ladder", "Accuracy of each branch", figures.ladder_figure(table))] if len(table) else []
+    supervised = [curve for curve in data.curves if curve.stage not in RL_STAGES and _has(curve, "loss")]
+    for stage in dict.fromkeys(curve.stage for curve in supervised):
+        of_stage = [curve for curve in supervised if curve.stage == stage]
+        drawn.append((stage, f"Training loss, {stage}", figures.curves_figure(of_stage, figures.LOSS_PANELS)))
+    rl = [curve for curve in data.curves if curve.stage in RL_STAGES]
+    if any(_has(curve, panel.field) for curve in rl for panel in figures.GRPO_PANELS):
+        drawn.append(("grpo_train", "Reinforcement learning", figures.curves_figure(rl, figures.GRPO_PANELS)))
+    return drawn
+
+
+def _has(curve: TrainingCurve, field: str) -> bool:
+    return any(row.get(field) is not None for row in curve.rows)
+
+
+def _anchored(stages: Sequence[StageRow]) -> list[tuple[str, StageRow]]:
+    return [(f"stage-{index}", stage) for index, stage in enumerate(stages)]
+
+
+def _lineage(stages: Sequence[StageRow]) -> dict[str, Any]:
+    """Branch x role: (anchor, stage) in each cell, None where a branch has no such stage."""
+    roles = list(dict.fromkeys(stage.role for stage in stages))
+    branches = list(dict.fromkeys(branch for stage in stages for branch in stage.branches))
+    at = {(branch, stage.role): (anchor, stage) for anchor, stage in _anchored(stages) for branch in stage.branches}
+    return {
+        "roles": roles,
+        "rows": [(branch, [at.get((branch, role)) for role in roles]) for branch in branches],
+    }
+
+
+def _shortened(sample: SampleRow) -> SampleRow:
+    left_out = len(sample.text) - LONGEST_TEXT
+    if left_out <= 0:
+        return sample
+    half = LONGEST_TEXT // 2
+    text = f"{sample.text[:half]}\n\n[... {left_out} characters left out ...]\n\n{sample.text[-half:]}"
+    return replace(sample, text=text)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """("optimizer.lr", 1e-5) pairs of nested mappings."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            pairs.extend(_flatten(value, f"{prefix}{name}."))
+        else:
+            pairs.append((f"{prefix}{name}", value))
+    return pairs

@@ -1,0 +1,198 @@
+"""Symbolic comparison of answers by math-verify, in worker processes that are killed when they take too long.
+
+math-verify guards itself with SIGALRM, which cannot interrupt one big-integer operation (Math-Verify issue 65)
+and fails off the main thread. Here a worker is a fresh interpreter running this very file, which needs the
+standard library and math-verify only; requests and verdicts are lines of JSON on its stdin and stdout.
+The limit is processor time, enforced by the kernel, so that a busy machine does not turn right answers wrong;
+the parent kills a worker at a multiple of it in wall time.
+"""
+
+import json
+import math
+import os
+import select
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+# Importing sympy takes seconds, and much longer on a busy machine.
+STARTUP_SECONDS = 120.0
+# Address space of a worker; sympy itself needs about 0.3 GB of it.
+MEMORY_BYTES = 2 * 2**30
+# Wall time of a comparison, as a multiple of its processor time.
+WALL_FACTOR = 4
+# How often an idle worker looks whether its parent still lives.
+PARENT_CHECK_SECONDS = 2.0
+
+
+class _Worker:
+    """One interpreter; `task` is the index it works on and `deadline` when it is given up (time.monotonic)."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self.wall_seconds = WALL_FACTOR * cpu_seconds
+        command = [sys.executable, "-P", __file__, str(os.getpid()), str(cpu_seconds)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+        self.received = b""
+        self.ready = False
+        self.task: int | None = None
+        self.deadline = time.monotonic() + STARTUP_SECONDS
+
+    def send(self, task: int, gold: str, answer: str) -> None:
+        """Start on a task; the line fits the pipe's buffer, so this does not block."""
+        self.task = task
+        self.deadline = time.monotonic() + self.wall_seconds
+        line = (json.dumps([gold, answer]) + "\n").encode()
+        try:
+            self.process.stdin.write(line)  # type: ignore[union-attr]
+        except BrokenPipeError:
+            self.deadline = 0.0  # it died while idle: given up at once
+
+    def receive(self) -> Any:
+        """The next message, None if it is not complete yet; EOFError if the worker has died."""
+        chunk = os.read(self.fileno(), 4096)
+        if not chunk:
+            raise EOFError
+        self.received += chunk
+        line, newline, rest = self.received.partition(b"\n")
+        if not newline:
+            return None
+        self.received = rest
+        return json.loads(line)
+
+    def fileno(self) -> int:
+        return self.process.stdout.fileno()  # type: ignore[union-attr]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            pipe.close()  # type: ignore[union-attr]
+
+
+class VerifierPool:
+    """Long-lived workers that decide whether two LaTeX answers are equal. Safe to use from any thread."""
+
+    def __init__(self, num_workers: int, cpu_seconds: float) -> None:
+        if num_workers < 1 or cpu_seconds <= 0:
+            raise ValueError("a verifier pool needs at least one worker and a positive time limit")
+        self.num_workers = num_workers
+        self.cpu_seconds = cpu_seconds
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+        """For each (gold, answer) whether they are equal; None where the worker took too long or crashed."""
+        verdicts: list[bool | None] = [None] * len(pairs)
+        with self._lock:
+            pending = deque(range(len(pairs)))
+            while pending or any(worker.task is not None for worker in self._workers):
+                self._assign(pairs, pending)
+                for worker in self._wait():
+                    self._collect(worker, verdicts)
+                for worker in [w for w in self._workers if time.monotonic() > w.deadline]:
+                    self._give_up(worker)
+        return verdicts
+
+    def _assign(self, pairs: Sequence[tuple[str, str]], pending: deque[int]) -> None:
+        for worker in [w for w in self._workers if w.task is None and w.process.poll() is not None]:
+            self._give_up(worker)
+        num_starting = sum(not worker.ready for worker in self._workers)
+        while len(self._workers) < self.num_workers and num_starting < len(pending):
+            self._workers.append(_Worker(self.cpu_seconds))
+            num_starting += 1
+        for worker in self._workers:
+            if pending and worker.ready and worker.task is None:
+                task = pending.popleft()
+                worker.send(task, *pairs[task])
+
+    def _wait(self) -> list[_Worker]:
+        """Workers that have something to say, at the latest when the first deadline passes."""
+        busy = [worker for worker in self._workers if worker.task is not None or not worker.ready]
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker, selectors.EVENT_READ)
+            timeout = min(worker.deadline for worker in busy) - time.monotonic()
+            return [key.fileobj for key, _ in selector.select(max(timeout, 0))]  # type: ignore[misc]
+
+    def _collect(self, worker: _Worker, verdicts: list[bool | None]) -> None:
+        try:
+            message = worker.receive()
+        except EOFError:
+            self._give_up(worker)
+            return
+        if message is None:
+            return
+        if worker.task is None:
+            worker.ready = True
+        else:
+            verdicts[worker.task] = message
+            worker.task = None
+        worker.deadline = math.inf
+
+    def _give_up(self, worker: _Worker) -> None:
+        """Kill a worker, leaving its task without a verdict; a new one is started when needed."""
+        self._workers.remove(worker)
+        worker.kill()
+        if not worker.ready:
+            raise RuntimeError(
+                "a math-verify worker did not start; check that `python -c 'import math_verify'` works with "
+                f"{sys.executable} within {STARTUP_SECONDS:.0f} s and {MEMORY_BYTES >> 30} GB of address space"
+            )
+
+    def close(self) -> None:
+        """End the workers."""
+        with self._lock:
+            for worker in self._workers:
+                worker.kill()
+            self._workers.clear()
+
+
+def _serve(parent: int, cpu_seconds: float) -> None:
+    """The worker's loop. It ends with its parent: by end of file, by a look at the parent's id while idle,
+    and, when stuck in one long operation, by the limit on processor time."""
+    import resource
+
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # math-verify prints its parsing errors
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    # Our limits decide, so math-verify's own alarms must come later.
+    alarm_seconds = math.ceil(WALL_FACTOR * cpu_seconds) + 1
+
+    def expressions(answer: str) -> list[Any]:
+        return parse(f"\\boxed{{{answer}}}", targets, parsing_timeout=alarm_seconds)
+
+    # Builds the regular expressions and the grammar's tables, before any limit applies.
+    warm = verify(expressions("\\frac{1}{2}"), expressions("0.5"), timeout_seconds=alarm_seconds)
+    replies.write(json.dumps(warm) + "\n")
+    replies.flush()
+    while True:
+        while not select.select([0], [], [], PARENT_CHECK_SECONDS)[0]:
+            if os.getppid() != parent:
+                return
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        cpu_limit = math.ceil(time.process_time() + cpu_seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
+        gold, answer = json.loads(line)
+        try:
+            equal = bool(verify(expressions(gold), expressions(answer), timeout_seconds=alarm_seconds))
+        except Exception:
+            equal = False  # what cannot be compared is not the answer
+        replies.write(json.dumps(equal) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), float(sys.argv[2]))

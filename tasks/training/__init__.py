@@ -1,0 +1,1 @@
+"""Training: one loop for pretraining, SFT, KD and GRPO, its losses, objectives and batch sources."""

@@ -1,0 +1,224 @@
+"""The one training loop: pretraining, SFT, KD and GRPO differ only in their objective and their batch source.
+
+A step sums `loss_sum / denominator` over its micro-batches, where the denominator belongs to the whole step (all
+micro-batches, all processes).  So the loss and its gradient do not depend on how a step is cut into micro-batches.
+
+Processes: the loop is written for data parallelism under accelerate (the denominator is reduced, the gradient is
+synchronised on the last micro-batch only).  Two CPU processes gave the losses of one; GRPO and resume on several
+processes, and any GPU, are not tested.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from tasks.stage import StageConfig, StageError
+from tasks.training import checkpoints
+
+Batch = dict[str, Tensor]
+Row = dict[str, Any]
+Progress = Callable[..., None]
+
+
+class LoopConfig(StageConfig):
+    """What every training stage has.  Lengths of time are optimizer steps, sizes are sequences."""
+
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=32, gt=0)
+    micro_batch_size: int = Field(default=8, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    checkpoint_every: int = Field(default=100, gt=0)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}: lower warmup_steps too")
+        return self
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The batches of one optimizer step on this process."""
+
+    micro_batches: Sequence[Batch]
+    """May be empty: the step is then counted and logged with loss 0 and changes nothing."""
+    denominator: float
+    """This process's share of what the summed loss is divided by (tokens, sequences ...)."""
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    """Logged with the step as they are; deterministic values only."""
+
+
+class BatchSource(Protocol):
+    def step_batches(self, step: int) -> StepBatches:
+        """Batches of step 0, 1 ...: a function of (seed, step) and, in reinforcement learning, the model's weights."""
+        ...
+
+
+class Objective(Protocol):
+    """An `nn.Module` whose forward maps a micro-batch to (loss_sum, metrics).
+
+    `loss_sum` is a scalar; the loop divides it by the step's denominator.  A metric is a tensor [2] of (sum, count),
+    logged as sum / count over the step, or, if its name starts with `max_`, a tensor [1] of which the maximum is
+    logged.
+    """
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def lr_factor(step: int, config: LoopConfig) -> float:
+    """Factor on every group's learning rate at 0-based `step`: linear warmup to 1, then cosine to `final_lr_ratio`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train(
+    objective: nn.Module,
+    source: BatchSource,
+    config: LoopConfig,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    scratch: Path,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Train `objective` in place for `config.steps` steps and return one log row per step.
+
+    `progress(done, total, unit="step", loss=...)` is called after each step.  Every `checkpoint_every` steps the state
+    goes to `scratch`; a call that finds a checkpoint there continues it, and ends with the same bits on one machine.
+    Raises StageError when the loss or the gradient norm is not finite; the last checkpoint stays in `scratch`.
+    """
+    with _deterministic():
+        accelerator = _accelerator(config.mixed_precision, device)
+        trainer = _Trainer(objective, config, optimizers, accelerator)
+        rows = checkpoints.restore(scratch, objective, optimizers)
+        for step in range(len(rows), config.steps):
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            rows.append(trainer.step(step, source.step_batches(step)))
+            if len(rows) % config.checkpoint_every == 0 and accelerator.is_main_process:
+                checkpoints.save(scratch, objective, optimizers, rows)
+            if progress is not None:
+                progress(len(rows), config.steps, unit="step", loss=rows[-1]["loss"])
+    return rows
+
+
+class _Trainer:
+    """One step at a time, with the module and the optimizers wrapped by accelerate."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        config: LoopConfig,
+        optimizers: Sequence[torch.optim.Optimizer],
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.module = accelerator.prepare(objective)
+        self.optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.module.train()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+
+    def step(self, step: int, batches: StepBatches) -> Row:
+        lr = self._set_learning_rate(step)
+        loss, metrics = self._accumulate(batches)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise StageError(
+                f"training stopped at step {step + 1}: loss {loss}, gradient norm {norm}. "
+                f"The last good checkpoint is kept. Lower learning_rate (now {self.config.learning_rate}), "
+                "lengthen warmup_steps or lower max_grad_norm."
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, **metrics, **batches.metrics}
+
+    def _set_learning_rate(self, step: int) -> float:
+        factor = lr_factor(step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        return self.config.learning_rate * factor
+
+    def _accumulate(self, batches: StepBatches) -> tuple[float, dict[str, float | None]]:
+        """Gradients of the step's loss into `.grad`; returns the loss and the metrics."""
+        accelerator, num = self.accelerator, len(batches.micro_batches)
+        denominator = self._sum(torch.tensor([batches.denominator], dtype=torch.float64))
+        if num and denominator <= 0:
+            raise ValueError(f"denominator {denominator}: a step with micro-batches needs a positive denominator")
+        loss = torch.zeros(1, dtype=torch.float64)
+        gathered: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches.micro_batches):
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            with nullcontext() if i == num - 1 else accelerator.no_sync(self.module):
+                loss_sum, metrics = self.module(batch)
+                # DDP averages gradients over processes; the loss is a sum over them, hence the factor.
+                accelerator.backward(loss_sum * (accelerator.num_processes / denominator))
+            loss += loss_sum.detach().double().cpu()
+            for name, value in metrics.items():
+                value = value.detach().double().cpu()
+                old = gathered.get(name)
+                gathered[name] = value if old is None else _merge(name, old, value)
+        return self._sum(loss) / denominator if num else 0.0, {k: self._reduce(k, v) for k, v in gathered.items()}
+
+    def _sum(self, value: Tensor) -> float:
+        return float(self.accelerator.reduce(value.to(self.accelerator.device), "sum").item())
+
+    def _reduce(self, name: str, value: Tensor) -> float | None:
+        """The logged value of one metric over all processes; None for a mean over nothing."""
+        gathered = self.accelerator.gather(value.to(self.accelerator.device)).cpu()
+        if name.startswith("max_"):
+            return float(gathered.max())
+        total, count = gathered.view(-1, 2).sum(0).tolist()
+        return total / count if count else None
+
+
+def _merge(name: str, left: Tensor, right: Tensor) -> Tensor:
+    return torch.maximum(left, right) if name.startswith("max_") else left + right
+
+
+def _accelerator(mixed_precision: str, device: str) -> Accelerator:
+    """An Accelerator of its own for each run: several stages with different precisions share one process."""
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=mixed_precision, cpu=torch.device(device).type == "cpu")
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic kernels, and gradients on: importing lighteval turns autograd off for the whole thread."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    # On CUDA the cumulative sums of a sampler have no deterministic kernel: PyTorch then warns instead of stopping.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)

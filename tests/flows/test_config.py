@@ -1,0 +1,114 @@
+"""Overrides and validation: what a user types, and what they are told when it does not fit."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from flows.config import BranchConfig, ConfigError, RunConfig, apply_overrides, nearest
+from flows.recipes import RECIPES, configured, demo, qwen3_4b_w3g128, tiny_w2g128
+from tasks.base_model import BaseModelConfig
+
+QAT = "Reasoning-QAT W2G128"
+
+
+def test_an_override_reaches_every_branch_that_has_the_section() -> None:
+    run = apply_overrides(demo(), ["kd_train.learning_rate=1e-5", "evaluate.seeds=[1, 2]"])
+    rates = {label: b.kd_train.learning_rate for label, b in run.branches.items() if b.kd_train}
+    assert rates and set(rates.values()) == {1e-5}
+    assert all(b.evaluate is not None and b.evaluate.seeds == (1, 2) for b in run.branches.values())
+
+
+def test_an_override_can_name_one_branch() -> None:
+    run = apply_overrides(demo(), ["W3G128 GPTQ+KD:kd_train.steps=11"])
+    steps = {label: b.kd_train.steps for label, b in run.branches.items() if b.kd_train}
+    assert steps.pop("W3G128 GPTQ+KD") == 11
+    assert 11 not in steps.values()
+
+
+def test_null_skips_a_stage() -> None:
+    run = apply_overrides(tiny_w2g128(), [f"{QAT}:grpo_train=null"])
+    assert run.branches[QAT].grpo_train is None
+    assert run.branches[QAT].kd_train is not None
+
+
+def test_model_is_short_for_the_base_model() -> None:
+    run = apply_overrides(tiny_w2g128(), ["model=/somewhere"])
+    assert {b.base_model.model for b in run.branches.values() if b.base_model} == {"/somewhere"}
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("kd_train.stepz=3", "did you mean 'steps'"),
+        ("kd_trian.steps=3", "did you mean 'kd_train'"),
+        ("kd_train.steps=many", "kd_train.steps"),
+        ("kd_train.steps", "section.field=value"),
+        ("W2G128 KD:kd_train.steps=3", "unknown branch"),
+        ("pretrain.loop.steps=3", "no selected branch has a stage 'pretrain'"),
+        ("grpo_train.batch_size=7", "multiple of group_size"),
+        ("kd_train.steps.more=7", "is a value"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_remedy(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        apply_overrides(demo(), [override])
+
+
+def test_unknown_recipe_and_branch() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tiny_w2g128'"):
+        configured("tiny_w2g12", [], [], None)
+    with pytest.raises(ConfigError, match="no branch matches"):
+        configured("demo", [], ["W5G128"], None)
+
+
+def test_a_branch_lacks_nothing_that_its_stages_need() -> None:
+    kd = demo().branches["W2G128 GPTQ+KD"]
+    with pytest.raises(ValidationError, match="train_data is missing"):
+        BranchConfig.model_validate({**kd.model_dump(), "train_data": None})
+    with pytest.raises(ValidationError, match="exactly one of"):
+        BranchConfig.model_validate({**kd.model_dump(), "base_model": None})
+
+
+def test_comparisons_name_branches() -> None:
+    branch = BranchConfig(base_model=BaseModelConfig())
+    with pytest.raises(ValidationError, match="are no branches"):
+        RunConfig(name="x", branches={"a": branch}, comparisons=(("a", "b"),))
+
+
+def test_selecting_branches_drops_comparisons_with_the_others() -> None:
+    run = demo().select(["W3G128"])
+    assert all(label.startswith("W3G128") for label in run.branches)
+    assert run.reference is None
+    assert run.comparisons and all(a.startswith("W3") and b.startswith("W3") for a, b in run.comparisons)
+
+
+def test_every_recipe_is_complete_and_described() -> None:
+    for name, make in RECIPES.items():
+        run = make()
+        assert run.name == name and run.description and run.branches
+
+
+def test_paper_recipes_have_the_tables_hyperparameters() -> None:
+    """Tables 6 and 7 of the paper."""
+    branches = qwen3_4b_w3g128().branches
+    for start, rate in (("RTN", 2e-5), ("GPTQ", 1e-6)):
+        for objective in ("SFT", "KD"):
+            branch = branches[f"{start}+{objective}"]
+            config = branch.sft_train or branch.kd_train
+            assert config is not None
+            assert (config.learning_rate, config.warmup_steps, config.steps) == (rate, 180, 6000)
+            assert (config.batch_size, config.micro_batch_size, config.betas) == (32, 8, (0.9, 0.95))
+        grpo = branches[f"{start}+KD+GRPO"].grpo_train
+        assert grpo is not None
+        assert (grpo.learning_rate, grpo.warmup_steps, grpo.steps, grpo.batch_size) == (5e-7, 8, 250, 64)
+        assert (grpo.group_size, grpo.max_new_tokens, grpo.betas) == (8, 32768, (0.9, 0.95))
+        assert grpo.batch_size // grpo.micro_batch_size == 4
+    evaluation = branches["BF16"].evaluate
+    assert evaluation is not None
+    assert (evaluation.temperature, evaluation.top_p, evaluation.max_new_tokens) == (0.6, 0.95, 32768)
+    assert len(evaluation.seeds) == 3
+
+
+def test_nearest_names_all_when_nothing_is_near() -> None:
+    assert nearest("zzz", ["alpha", "beta"]) == "valid: alpha, beta"

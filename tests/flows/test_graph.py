@@ -1,0 +1,59 @@
+"""The union of branches: what is shared, what differs, and where a run stops."""
+
+from __future__ import annotations
+
+import pytest
+
+from flows.config import ConfigError, apply_overrides
+from flows.graph import build_graph
+from flows.recipes import demo, domain_alignment
+
+
+def stages(graph, name):  # type: ignore[no-untyped-def]
+    return [node for node in graph.nodes.values() if node.stage.name == name]
+
+
+def test_each_distinct_stage_is_there_once() -> None:
+    graph = build_graph(demo())
+    assert len(stages(graph, "base_model")) == 1
+    assert len(stages(graph, "calibrate")) == 1, "both schemes share the calibration"
+    assert len(stages(graph, "ptq_init")) == 4
+    assert len(stages(graph, "kd_train")) == 2, "GRPO continues the KD student of the KD branch"
+    assert len(stages(graph, "evaluate")) == 11
+    assert graph.num_stages_unshared() > 2 * len(graph.nodes)
+
+
+def test_inputs_come_before_their_stage() -> None:
+    graph = build_graph(demo())
+    seen: set[str] = set()
+    for node in graph.nodes.values():
+        assert set(node.inputs.values()) <= seen
+        seen.add(node.id)
+
+
+def test_labels_are_unique() -> None:
+    labels = [node.label for node in build_graph(demo()).nodes.values()]
+    assert len(labels) == len(set(labels))
+
+
+def test_domain_alignment_is_four_branches_of_one_flow() -> None:
+    graph = build_graph(domain_alignment())
+    assert len(stages(graph, "calibrate")) == 2
+    assert len(stages(graph, "ptq_init")) == 2
+    assert len(stages(graph, "kd_train")) == 4
+    sources = {(node.config.source, node.config.split) for node in stages(graph, "dataset")}
+    assert {s for s, split in sources if split == "train"} == {"bundled", "bundled_stories"}
+
+
+def test_until_cuts_what_comes_after() -> None:
+    names = {node.stage.name for node in build_graph(demo(), until="ptq_init").nodes.values()}
+    assert names == {"base_model", "dataset", "calibrate", "ptq_init"}
+    with pytest.raises(ConfigError, match="did you mean 'ptq_init'"):
+        build_graph(demo(), until="ptq_int")
+
+
+def test_a_changed_parameter_changes_only_what_depends_on_it() -> None:
+    before = set(build_graph(demo()).nodes)
+    after = build_graph(apply_overrides(demo(), ["W2G128 GPTQ+KD:kd_train.seed=5"]))
+    changed = {node.role for identity, node in after.nodes.items() if identity not in before}
+    assert changed == {"kd_train", "evaluate"}

@@ -1,0 +1,127 @@
+"""The house rules that can be read from the imports: data flows one way, and heavy packages stay in their rooms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOMS = ("flows", "tasks", "quant", "artifacts")
+LEAVES = ("data", "training", "rollout", "rewards", "reporting", "evaluation")
+MOST_LINES = 300
+
+
+def sources() -> list[Path]:
+    return [p for room in ROOMS for p in sorted((REPOSITORY / room).rglob("*.py")) if "store" not in p.parts]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module imported anywhere in the file, also inside functions; `from a import b` counts as a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def first_party(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] in ROOMS}
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_rooms_are_found() -> None:
+    assert {module_name(p).split(".")[0] for p in sources()} == set(ROOMS)
+    assert "tasks.stage" in imports(REPOSITORY / "tasks" / "execute.py")
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_dependencies_point_one_way(path: Path) -> None:
+    name, used = module_name(path), imports(path)
+    room = name.split(".")[0]
+    allowed = {
+        "artifacts": {"artifacts"},
+        "quant": {"quant"},
+        "tasks": {"tasks", "quant", "artifacts"},
+        "flows": set(ROOMS),
+    }[room]
+    assert tops(first_party(used)) <= allowed, f"{name} imports {first_party(used)}"
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if "quant" in p.parts], ids=module_name)
+def test_quant_needs_torch_only(path: Path) -> None:
+    import sys
+
+    outside = {t for t in tops(imports(path)) if t not in sys.stdlib_module_names} - {"quant"}
+    assert outside <= {"torch"}, f"{module_name(path)} imports {outside}"
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if "artifacts" in p.parts], ids=module_name)
+def test_artifacts_needs_the_standard_library_only(path: Path) -> None:
+    import sys
+
+    assert {t for t in tops(imports(path)) if t not in sys.stdlib_module_names} <= {"artifacts"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
+    name, used = module_name(path), tops(imports(path))
+    if "prefect" in used:
+        assert name.startswith("flows.") or name == "tasks.prefect_tasks"
+    if "lighteval" in used:
+        assert name.startswith("tasks.evaluation.")
+    if "vllm" in used:
+        assert name == "tasks.rollout.vllm_engine"
+
+
+def stage_modules() -> set[str]:
+    return {module_name(p) for p in (REPOSITORY / "tasks").glob("*.py") if "stage" in p.read_text() and "@stage(" in p.read_text()}
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_no_stage_imports_a_stage(path: Path) -> None:
+    name = module_name(path)
+    if not name.startswith("tasks."):
+        return
+    stages = stage_modules() - {"tasks.stage", name}
+    assert not (imports(path) & stages), f"{name} imports a stage: {imports(path) & stages}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sources() if p.parent.name in LEAVES and p.parent.parent.name == "tasks"], ids=module_name
+)
+def test_leaf_packages_know_no_other_leaf_but_what_they_are_built_on(path: Path) -> None:
+    """rollout and training are built on quant; evaluation puts rollout and rewards behind lighteval."""
+    name = module_name(path)
+    own = ".".join(name.split(".")[:2])
+    allowed = {own, "tasks.stage"}
+    if own == "tasks.evaluation":
+        allowed |= {"tasks.rollout", "tasks.rewards", "tasks.data"}
+    if own == "tasks.training":
+        allowed |= {"tasks.rollout", "tasks.rewards", "tasks.data"}
+    used = {i for i in first_party(imports(path)) if i.startswith("tasks.")}
+    strangers = {i for i in used if not any(i == a or i.startswith(a + ".") for a in allowed)}
+    assert not strangers, f"{name} imports {strangers}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES, "split it: a file is one idea"
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_nothing_pickled_is_loaded(path: Path) -> None:
+    used = imports(path)
+    assert not used & {"pickle", "dill", "cloudpickle", "joblib"}
+    assert "torch.load(" not in path.read_text()

@@ -171,7 +171,10 @@ def plan(
     for item in planned:
         colour = "cyan" if item.status == "HIT" else "yellow"
         table.add_row(
-            escape(item.node.label), f"[{colour}]{item.status}[/]", escape(item.reason), item.ref.short if item.ref else ""
+            escape(item.node.label),
+            f"[{colour}]{item.status}[/]",
+            escape(item.reason),
+            item.ref.short if item.ref else "",
         )
     console.print(table)
     hits = sum(item.status == "HIT" for item in planned)
@@ -234,7 +237,9 @@ def show(
         path = store.path(ref) if not problems else None
     checked = "hashes" if verify else "sizes"
     console.print(f"[bold]{ref.kind}[/] {ref.digest}", highlight=False, soft_wrap=True)
-    console.print(f"path   {path}\nintact {'yes (' + checked + ')' if path else 'NO: ' + '; '.join(problems)}", soft_wrap=True)
+    console.print(
+        f"path   {path}\nintact {'yes (' + checked + ')' if path else 'NO: ' + '; '.join(problems)}", soft_wrap=True
+    )
     for record in (r for r in store.records() if r.ref == ref):
         console.print_json(json.dumps(record.to_dict()))
     if problems:

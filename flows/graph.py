@@ -23,8 +23,17 @@ from tasks.teacher_topk import teacher_topk
 STAGES: dict[str, Stage] = {
     s.name: s
     for s in (
-        base_model, pretrain, dataset, calibrate, ptq_init, teacher_topk, sft_train, kd_train, grpo_train, evaluate,
-    )  # fmt: skip
+        base_model,
+        pretrain,
+        dataset,
+        calibrate,
+        ptq_init,
+        teacher_topk,
+        sft_train,
+        kd_train,
+        grpo_train,
+        evaluate,
+    )
 }
 STAGE_ORDER = ("calibrate", "ptq_init", "teacher_topk", "sft_train", "kd_train", "grpo_train", "evaluate", "report")
 

@@ -43,7 +43,11 @@ def paper_branch(
     if scheme is None:
         return BranchConfig(**common)
     gptq = method == "gptq"
-    start = {"scale_mode": "frozen" if gptq else "recomputed", "mixed_precision": "bf16", "prompt_suffix": MATH_SUFFIX}
+    start: dict[str, Any] = {
+        "scale_mode": "frozen" if gptq else "recomputed",
+        "mixed_precision": "bf16",
+        "prompt_suffix": MATH_SUFFIX,
+    }
     qat = start if gptq else {**start, "learning_rate": RTN_LEARNING_RATE}
     return BranchConfig(
         **common,

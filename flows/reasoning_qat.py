@@ -1,19 +1,19 @@
-"""The flow "reasoning-qat": base -> calibrate -> ptq_init -> kd_train -> grpo_train -> evaluate -> report, per branch."""
+"""The flow "reasoning-qat": calibrate -> ptq_init -> kd_train -> grpo_train -> evaluate per branch, then report."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from prefect import flow
 from prefect.futures import wait
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from rich.console import Console
 
 from artifacts.refs import Ref
 from artifacts.store import Store
-from flows.config import RunConfig
+from flows.config import RunConfig, nearest
 from flows.display import RunDisplay
-from flows.graph import Graph, build_graph, check_stage_names
+from flows.graph import STAGES, Graph, build_graph, check_stage_names
 from flows.publish import publish_lineage, publish_report
 from flows.recipes import RECIPES, configured
 from flows.reporting import report_run
@@ -23,11 +23,21 @@ from tasks.execute import Outcome
 from tasks.executor import StageExecutor
 from tasks.prefect_tasks import TaskOptions, stage_task
 
-RecipeName = Literal[tuple(RECIPES)]  # type: ignore[valid-type]
-StageName = Literal[
-    "base_model", "pretrain", "dataset", "calibrate", "ptq_init", "teacher_topk", "sft_train", "kd_train",
-    "grpo_train", "evaluate", "report",
-]  # fmt: skip
+
+def _known_recipe(name: str) -> str:
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, list(RECIPES))}")
+    return name
+
+
+def _known_stage(name: str) -> str:
+    check_stage_names([name])
+    return name
+
+
+# The UI shows the names as a choice; a name typed on the command line is checked before the run starts.
+RecipeName = Annotated[str, AfterValidator(_known_recipe), Field(json_schema_extra={"enum": list(RECIPES)})]
+StageName = Annotated[str, AfterValidator(_known_stage), Field(json_schema_extra={"enum": [*STAGES, "report"]})]
 
 
 @flow(name="reasoning-qat", flow_run_name="{recipe}", persist_result=False)
@@ -39,7 +49,9 @@ def reasoning_qat(
     until: StageName | None = Field(default=None, description="the last stage to run"),
     only_cached: bool = Field(default=False, description="fail rather than compute a stage that is not cached"),
     checkpoint: str | None = Field(default=None, description="evaluate this checkpoint digest instead of the branches"),
-    jobs: int | None = Field(default=None, ge=1, description="stages at a time; default: 1 on a GPU, the cores on a CPU"),
+    jobs: int | None = Field(
+        default=None, ge=1, description="stages at a time; default: 1 on a GPU, the cores on a CPU"
+    ),
 ) -> str | None:
     """Turn a reasoning model into a low-bit one that still reasons: quantize, distil, reinforce, evaluate, report.
 

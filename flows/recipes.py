@@ -61,7 +61,7 @@ def domain_alignment() -> RunConfig:
     }
     return RunConfig(
         name="domain_alignment",
-        description="bundled model, W2G128: calibration {matched, mismatched} x KD data {matched, mismatched} (Table 3)",
+        description="bundled model, W2G128: calibration x KD data, each matched or mismatched (Table 3)",
         branches=branches,
         reference="calibration matched, KD matched",
     )

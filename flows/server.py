@@ -1,4 +1,4 @@
-"""The Prefect server behind a run: the one that is already up, or one of our own on loopback for as long as it is needed.
+"""The Prefect server behind a run: the one that is up, or one of our own on loopback for as long as it is needed.
 
 Must be used before Prefect is imported, because Prefect reads its settings then.
 """
@@ -112,7 +112,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path) ->
 
 
 def end_with_parent() -> None:
-    """In a child before exec: ask Linux for SIGTERM when the parent dies, so that a killed run leaves no server behind."""
+    """In a child before exec: ask Linux for SIGTERM when the parent dies: a killed run leaves no server behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

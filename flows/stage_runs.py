@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +14,10 @@ from flows.graph import Node
 from tasks import base_model, dataset
 from tasks.execute import StageRun
 
-SOURCE_DIGESTS = {"base_model": base_model.source_digest, "dataset": dataset.source_digest}
+SOURCE_DIGESTS: dict[str, Callable[[Any], str]] = {
+    "base_model": base_model.source_digest,
+    "dataset": dataset.source_digest,
+}
 """Stages that read from outside the store, with the function that digests what they read."""
 
 
@@ -27,7 +31,7 @@ class Resources:
 
     @classmethod
     def detect(cls, jobs: int | None = None) -> Resources:
-        """One stage at a time on a GPU; on a CPU, stages side by side with one core each, which small models like best."""
+        """One stage at a time on a GPU; on a CPU stages side by side with one core each, as small models like it."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         device = "cuda" if torch.cuda.is_available() else "cpu"
         jobs = jobs or (1 if device == "cuda" else min(cores, 4))

@@ -82,9 +82,7 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, scale_mode={self.scale_mode!r}"
 
 
-def prepare(
-    model: Model, scheme: Scheme, states: Mapping[str, LinearState] | None, scale_mode: ScaleMode
-) -> Model:
+def prepare(model: Model, scheme: Scheme, states: Mapping[str, LinearState] | None, scale_mode: ScaleMode) -> Model:
     """Put a QuantLinear, in place, for every nn.Linear of `model` but the output embeddings; returns `model`.
 
     `states` comes from a PTQ method, by layer name; None rounds the model's own weights to nearest. All
@@ -183,9 +181,7 @@ def check_group_size(model: nn.Module, scheme: Scheme) -> None:
     )
 
 
-def _check_states(
-    linears: Mapping[str, nn.Linear], scheme: Scheme, states: Mapping[str, LinearState]
-) -> None:
+def _check_states(linears: Mapping[str, nn.Linear], scheme: Scheme, states: Mapping[str, LinearState]) -> None:
     if missing := [name for name in linears if name not in states]:
         raise ValueError(f"no quantization state for {_shorten(missing)}; was it made for another model?")
     if unknown := [name for name in states if name not in linears]:
@@ -201,9 +197,7 @@ def _check_states(
                 f"{(num_out, num_in)}, {grid_shape} and {grid_shape}; was the state made for another scheme?"
             )
         scale_OG, zero_OG = snap_grid(state.scale, state.zero, scheme)
-        if not state.scale.is_meta and not (
-            scale_OG.equal(state.scale.float()) and zero_OG.equal(state.zero.float())
-        ):
+        if not state.scale.is_meta and not (scale_OG.equal(state.scale.float()) and zero_OG.equal(state.zero.float())):
             raise ValueError(
                 f"{name}: the grid is not one of {scheme.name} ({scheme.scale_dtype} scales, integer zeros); "
                 "make it with minmax_grid or mse_grid, which round before use"

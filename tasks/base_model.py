@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import artifacts
 from tasks.model_folders import CONFIG_FILES, INDEX, TOKENIZER_FILES, check_model_folder, model_files
@@ -18,6 +19,7 @@ _BLOCK_BYTES = 2**24
 
 
 class BaseModelConfig(StageConfig):
+    location_fields: ClassVar[tuple[str, ...]] = ("model",)
     model: str = BUNDLED
     """"bundled", a local folder, or a hub id."""
     revision: str | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ _PROGRESS_EVERY = 1000
 
 
 class DatasetConfig(StageConfig):
+    location_fields: ClassVar[tuple[str, ...]] = ("source",)
     source: str = BUNDLED
     """"bundled" (problems), "bundled_stories" (plain text), a local .jsonl/.parquet/.txt file (.gz too) or folder, or a
     hub data set id."""

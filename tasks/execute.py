@@ -19,7 +19,7 @@ from typing import Any
 from artifacts.keys import code_digest
 from artifacts.refs import Ref
 from artifacts.store import Store
-from tasks.stage import Context, Metrics, Stage, StageConfig
+from tasks.stage import Context, Metrics, Stage, StageConfig, StageError
 
 PROGRESS_FILE = "progress.json"
 LOG_FILE = "stage.log"
@@ -44,11 +44,15 @@ class StageRun:
         """What the key hashes: never a path of this machine, a device or a date."""
         self.stage.check_inputs(self.inputs)
         config = self.config.model_dump(mode="json")
+        if self.source_digest is not None:
+            # Content counts, not where it lies.
+            config = {k: v for k, v in config.items() if k not in self.config.location_fields}
+            config["source_digest"] = self.source_digest
         return {
             "stage": self.stage.name,
             "version": self.stage.version,
             "code": code_digest(self.stage.module),
-            "config": config if self.source_digest is None else {**config, "source_digest": self.source_digest},
+            "config": config,
             "inputs": {name: str(ref) for name, ref in sorted(self.inputs.items())},
         }
 
@@ -171,4 +175,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-

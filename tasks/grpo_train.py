@@ -11,7 +11,6 @@ change nothing, and the log shows it (reward_mean, zero_reward_fraction).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.data.prompts import encode_prompt
+from tasks.evaluation.tokens import response_text, stop_token_ids
 from tasks.models import load_model, load_student, load_tokenizer
 from tasks.rewards.math_answer import Grader
 from tasks.rollout.engine import Completion, Engine, Request, SamplingParams, open_engine
@@ -70,7 +70,7 @@ def grpo_train(config: GRPOTrainConfig, context: Context, *, student: Path, data
             problems,
             _generate(engine, model, config, stops),
             grader.grade,
-            lambda ids: _decode(tokenizer, ids, stops),
+            lambda ids: response_text(tokenizer, ids, stops),
             config,
             context.scratch,
         )
@@ -98,19 +98,6 @@ def read_problems(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTr
             f"max_prompt_length={config.max_prompt_length} prompt tokens. Choose problems with answers, or raise it."
         )
     return problems, num_dropped
-
-
-def stop_token_ids(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The end tokens that generation_config.json, config.json and the tokenizer name, sorted."""
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        if (checkpoint / name).is_file():
-            eos = json.loads((checkpoint / name).read_text()).get("eos_token_id")
-            found |= set(eos) if isinstance(eos, list) else {eos}
-    found.discard(None)
-    if not found:
-        raise StageError(f"{checkpoint} names no eos_token_id: add it to generation_config.json")
-    return tuple(sorted(found))
 
 
 def _check_context(problems: list[Problem], config: GRPOTrainConfig, model: PreTrainedModel) -> None:
@@ -152,9 +139,3 @@ def _generate(engine: Engine, model: PreTrainedModel, config: GRPOTrainConfig, s
             return engine.generate([Request(ids, seed) for ids, seed in requests], sampling)
 
     return generate
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...], stops: tuple[int, ...]) -> str:
-    """The response without its stop token; other special tokens stay, since `</think>` may be one."""
-    kept = list(ids[:-1] if ids and ids[-1] in stops else ids)
-    return str(tokenizer.decode(kept, skip_special_tokens=False))

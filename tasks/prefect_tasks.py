@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from prefect import State, Task, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -35,7 +35,7 @@ class TaskOptions:
     on_event: Callable[[str, dict[str, Any]], None] = field(default=lambda label, event: None)
 
 
-def stage_task(stage: Stage) -> Task[..., State[Outcome]]:
+def stage_task(stage: Stage) -> Task[..., Outcome]:
     """The Prefect task of a stage; its result is the stage's `Outcome`."""
 
     @task(name=stage.name, task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
@@ -47,12 +47,15 @@ def stage_task(stage: Stage) -> Task[..., State[Outcome]]:
             return Completed(name="Cached", message=f"cache hit: {_describe(outcome.ref)}", data=outcome)
         return Completed(message=f"computed: {_describe(outcome.ref)}", data=outcome)
 
-    return run_stage
+    # Prefect unwraps a returned state: callers get its data.
+    return cast("Task[..., Outcome]", run_stage)
 
 
 def _compute(label: str, run: StageRun, options: TaskOptions) -> Outcome:
     if options.only_cached and not run.force:
-        raise StageError(f"{label}: not in the cache, and --only-cached was given; run without it to compute this stage")
+        raise StageError(
+            f"{label}: not in the cache, and --only-cached was given; run without it to compute this stage"
+        )
     options.on_event(label, {"state": "running"})
     show = _ProgressArtifact(label)
     on_event = options.on_event

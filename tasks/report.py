@@ -1,4 +1,4 @@
-"""report: the accuracy ladder, paired comparisons, training curves and lineage of a run, as one HTML file and as tables."""
+"""report: accuracy ladder, paired comparisons, training curves and lineage of a run, as one HTML file and as tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import Field
 
 from tasks.evaluation.statistics import paired_bootstrap
 from tasks.reporting import figures, tables
@@ -29,7 +30,7 @@ class ReportBranch(StageConfig):
     """Digest of the checkpoint that was evaluated."""
     evaluation: str
     test_data: str
-    logs: dict[str, str] = {}
+    logs: dict[str, str] = Field(default={})
     """Training stage to the artifact that holds its log."""
     command: str = ""
 
@@ -57,7 +58,7 @@ class ReportConfig(StageConfig):
 
 @stage(kind="report")
 def report(config: ReportConfig, context: Context, **artifacts: Path) -> Metrics:
-    """Write report.html, ladder.parquet, comparisons.parquet and the figures as PNG, from evaluations and training logs."""
+    """Write report.html, ladder.parquet, comparisons.parquet and the figures as PNG."""
     samples = {branch.label: read_samples(artifacts[branch.evaluation]) for branch in config.branches}
     data = ReportData(
         title=config.title,
@@ -80,7 +81,16 @@ def report(config: ReportConfig, context: Context, **artifacts: Path) -> Metrics
 
 def read_samples(evaluation: Path) -> pd.DataFrame:
     """The samples of an evaluation artifact, without the token ids."""
-    columns = ["problem_id", "seed", "gold", "extracted", "correct", "finish_reason", "num_output_tokens", "output_text"]
+    columns = [
+        "problem_id",
+        "seed",
+        "gold",
+        "extracted",
+        "correct",
+        "finish_reason",
+        "num_output_tokens",
+        "output_text",
+    ]
     return pd.read_parquet(evaluation / "samples.parquet", columns=columns)
 
 

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,9 +25,12 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    location_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that say where something outside the store lies; a content digest stands for them in the key."""
+
 
 class StageError(Exception):
-    """A stage cannot go on for a reason the user can mend; the message names the remedy and is shown without traceback."""
+    """A stage cannot go on for a reason the user can mend; the message names the remedy and is shown as it is."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,11 @@ def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
 
 
 def stage_modules() -> set[str]:
-    return {module_name(p) for p in (REPOSITORY / "tasks").glob("*.py") if "stage" in p.read_text() and "@stage(" in p.read_text()}
+    return {
+        module_name(p)
+        for p in (REPOSITORY / "tasks").glob("*.py")
+        if "stage" in p.read_text() and "@stage(" in p.read_text()
+    }
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)

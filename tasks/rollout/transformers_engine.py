@@ -24,7 +24,7 @@ PREFILL_TOKENS = 8192
 # Cache slots reserved at a time: completions mostly end long before max_new_tokens.
 SLOT_STEP = 64
 # The number of decoded rows is rounded up to a multiple of this, finished rows filling up: oneDNN compiles a
-# kernel for every new number of rows (bfloat16 on a CPU decodes a third slower without this).
+# kernel for every new number of rows (bfloat16 on a CPU took about a tenth more time without this).
 ROW_STEP = 32
 
 

@@ -94,9 +94,7 @@ def test_equals_equation_1_as_a_scalar_loop(scheme: Scheme, seed: int) -> None:
     w_OI = random_weights(seed)
     actual = fake_quantize(w_OI, *grid_of(w_OI, scheme), scheme)
     assert actual.dtype == torch.bfloat16
-    assert torch.equal(
-        actual.double(), torch.tensor(reference_fake_quantize(w_OI, scheme), dtype=torch.float64)
-    )
+    assert torch.equal(actual.double(), torch.tensor(reference_fake_quantize(w_OI, scheme), dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -242,9 +240,7 @@ def test_gradients_equal_finite_differences_of_the_straight_through_function(sch
 
 @quick
 @given(weights_and_scheme(), st.floats(0.2, 2.0))
-def test_gradient_passes_exactly_where_clipping_left_the_code(
-    case: tuple[Tensor, Scheme], stretch: float
-) -> None:
+def test_gradient_passes_exactly_where_clipping_left_the_code(case: tuple[Tensor, Scheme], stretch: float) -> None:
     w_OI, scheme = case
     scale_OG, zero_OG = stretched_grid_of(w_OI, scheme, stretch)
     w_OI.requires_grad_()

@@ -109,9 +109,7 @@ def test_output_embeddings_of_another_name_are_kept() -> None:
     ("name", "dtype"), [("qwen2", torch.bfloat16), ("qwen3", torch.float32), ("llama", torch.float32)]
 )
 @torch.no_grad()
-def test_convert_keeps_the_outputs_bit_for_bit(
-    name: str, dtype: torch.dtype, scheme: Scheme, mode: ScaleMode
-) -> None:
+def test_convert_keeps_the_outputs_bit_for_bit(name: str, dtype: torch.dtype, scheme: Scheme, mode: ScaleMode) -> None:
     plain = tiny_model(name, dtype=dtype)
     model = prepare(copy.deepcopy(plain), scheme, None, mode)
     nudge(model)
@@ -164,9 +162,7 @@ def test_scale_modes_differ_in_whether_the_grid_follows_the_weights() -> None:
         assert torch.equal(after, 2 * before if follows else before)
         module(torch.ones(1, 64)).square().sum().backward()
         gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
-        assert {
-            name for name, gradient in gradients.items() if gradient is not None and gradient.any()
-        } == trained
+        assert {name for name, gradient in gradients.items() if gradient is not None and gradient.any()} == trained
 
 
 @modes
@@ -182,16 +178,12 @@ def test_linear_states_rebuild_the_student(mode: ScaleMode) -> None:
     torch.testing.assert_close(logits(rebuilt), logits(model), atol=0, rtol=0)
     nudge(rebuilt)
     for name, module in quantized_linears(model):
-        assert torch.equal(
-            states[name].weight, module.weight
-        )  # training never writes into the caller's state
+        assert torch.equal(states[name].weight, module.weight)  # training never writes into the caller's state
 
 
 @modes
 @torch.no_grad()
-def test_materialized_gives_the_same_logits_and_rounds_once(
-    mode: ScaleMode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_materialized_gives_the_same_logits_and_rounds_once(mode: ScaleMode, monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepare(tiny_model(), W3G32, None, mode)
     calls: list[QuantLinear] = []
     rounded_weight = QuantLinear.rounded_weight
@@ -220,9 +212,7 @@ def test_materialized_ends_cleanly_after_an_exception() -> None:
         with materialized(model):
             pass
         inside = [module.materialized_weight for _, module in quantized_linears(model)]
-        assert all(
-            weight is not None for weight in inside
-        )  # the inner context gave back the outer one's weights
+        assert all(weight is not None for weight in inside)  # the inner context gave back the outer one's weights
         nudge(model)
         torch.testing.assert_close(logits(model), student, atol=0, rtol=0)
         raise RuntimeError("stop")
@@ -244,9 +234,7 @@ def test_a_group_size_that_does_not_fit_names_layers_and_remedies_before_any_cha
     with pytest.raises(ValueError) as error:
         prepare(model, Scheme.parse("W3G64"), None, "frozen")
     message = str(error.value)
-    assert (
-        "64 does not divide 96 input features in model.layers.0.mlp.down_proj, model.layers.1.mlp" in message
-    )
+    assert "64 does not divide 96 input features in model.layers.0.mlp.down_proj, model.layers.1.mlp" in message
     assert "Group sizes that work for all layers: 32, -1" in message
     assert dict(model.named_modules()) == before
 

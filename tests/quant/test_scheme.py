@@ -72,9 +72,7 @@ def test_activation_and_cache_parts_are_refused_with_the_weight_part(name: str, 
     assert weight_part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("W3G129x", "'W3G128'"), ("W3-G128", "'W3G128'"), ("3G64", "'W3G64'")]
-)
+@pytest.mark.parametrize(("name", "nearest"), [("W3G129x", "'W3G128'"), ("W3-G128", "'W3G128'"), ("3G64", "'W3G64'")])
 def test_unknown_names_come_with_the_nearest_and_the_grammar(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=r"W<bits>\[G<group size>\]") as error:
         Scheme.parse(name)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import multiprocessing
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +17,8 @@ from tasks.execute import StageRun, execute, find_cached, progress_writer
 from tasks.executor import StageExecutor
 from tasks.stage import StageError
 
-
-def load_toys() -> ModuleType:
-    """The toy stages under a name that worker processes can import as well."""
-    folder = str(Path(__file__).parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    import toy_stages
-
-    return toy_stages
-
-
-toys = load_toys()
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+toys = importlib.import_module("tests.tasks.toy_stages")  # the name by which worker processes find it
 
 
 @pytest.fixture
@@ -114,14 +103,9 @@ def test_unknown_and_missing_inputs(store: Store) -> None:
             execute(StageRun(toys.upper, toys.UpperConfig(), inputs, store.root))
 
 
-def execute_in_child(run: StageRun) -> None:
-    load_toys()
-    execute(run)
-
-
 def test_a_killed_stage_resumes_with_the_same_digest(store: Store, tmp_path: Path) -> None:
     run = upper_run(store, stop_at=2)
-    child = multiprocessing.get_context("fork").Process(target=execute_in_child, args=(run,))
+    child = multiprocessing.get_context("fork").Process(target=execute, args=(run,))
     child.start()
     child.join()
     assert child.exitcode == -9
@@ -141,8 +125,7 @@ def test_progress_is_written_whole_and_seldom(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 100
 
 
-def test_workers_report_progress_raise_and_survive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def test_workers_report_progress_raise_and_survive(store: Store) -> None:
     executor = StageExecutor(jobs=1, num_threads=1)
     try:
         seen: list[int] = []
@@ -158,7 +141,3 @@ def test_workers_report_progress_raise_and_survive(store: Store, monkeypatch: py
         assert executor.run(upper_run(store, num_steps=1), lambda p: None).metrics == {"resumed_from": 0}
     finally:
         executor.close()
-
-
-def test_the_toys_are_what_the_workers_import() -> None:
-    assert importlib.util.find_spec("toy_stages") is not None

@@ -17,7 +17,7 @@ from tasks.rollout.transformers_engine import TransformersEngine
 from tasks.rollout.vllm_engine import StaleWeightsError, VLLMEngine, plain_weights
 
 LIMIT = 128
-GREEDY = SamplingParams(0.0, 1.0, 16, (1, 5))
+GREEDY = SamplingParams(0.0, 1.0, 16, tuple(range(1, 160, 12)))
 
 
 def make_model(tied: bool = True) -> Qwen3ForCausalLM:

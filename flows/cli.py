@@ -129,9 +129,15 @@ def run(
             from flows.reasoning_qat import reasoning_qat
 
             report = reasoning_qat(
-                recipe=recipe, overrides=sets, branches=branch, force=force, until=until, only_cached=only_cached,
-                checkpoint=checkpoint, jobs=jobs,
-            )  # fmt: skip
+                recipe=recipe,
+                overrides=tuple(sets),
+                branches=tuple(branch),
+                force=tuple(force),
+                until=until,
+                only_cached=only_cached,
+                checkpoint=checkpoint,
+                jobs=jobs,
+            )
         if report is not None:
             _show_report(recipe, str(report), output)
 

@@ -115,15 +115,23 @@ def apply_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """`section.field=value` on every branch that has the section; `label:section.field=value` on one branch.
 
     Values are YAML, so `3`, `1e-5`, `true`, `[42, 43]` and `null` mean what they say; `section=null` skips a stage.
+    All are applied before the result is validated, so their order does not matter.
     Raises ConfigError for unknown keys and values that do not fit, naming the nearest valid key.
     """
+    data = {label: branch.model_dump() for label, branch in run.branches.items()}
+    touched = set()
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"--set {override!r}: write section.field=value, for example kd_train.steps=20")
         label, _, path = key.rpartition(":")
-        run = _override(run, label, ALIASES.get(path, path), _parse(text))
-    return run
+        touched |= _override(data, label, ALIASES.get(path, path), _parse(text))
+    try:
+        return run.with_branches(
+            {k: BranchConfig.model_validate(data[k]) if k in touched else v for k, v in run.branches.items()}
+        )
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
 
 
 def _parse(text: str) -> Any:
@@ -137,26 +145,23 @@ def _parse(text: str) -> Any:
     return value
 
 
-def _override(run: RunConfig, label: str, path: str, value: Any) -> RunConfig:
-    if label and label not in run.branches:
-        raise ConfigError(f"unknown branch {label!r}; {nearest(label, list(run.branches))}")
+def _override(data: dict[str, dict[str, Any]], label: str, path: str, value: Any) -> set[str]:
+    """Set one value in the branches it is meant for; returns their labels."""
+    if label and label not in data:
+        raise ConfigError(f"unknown branch {label!r}; {nearest(label, list(data))}")
     section, _, rest = path.partition(".")
     if section not in BranchConfig.model_fields:
         raise ConfigError(f"unknown key {path!r}; {nearest(section, [*BranchConfig.model_fields, *ALIASES])}")
-    branches, touched = dict(run.branches), False
-    for name, branch in run.branches.items():
-        if label in ("", name) and (getattr(branch, section) is not None or not rest):
-            branches[name] = _with_value(branch, path, value)
-            touched = True
-    if not touched:
+    meant = {k for k in data if label in ("", k) and (data[k][section] is not None or not rest)}
+    if not meant:
         raise ConfigError(f"--set {path}: no selected branch has a stage {section!r}")
-    return run.with_branches(branches)
+    for name in meant:
+        _set(data[name], path, value)
+    return meant
 
 
-def _with_value(branch: BranchConfig, path: str, value: Any) -> BranchConfig:
-    data = branch.model_dump()
+def _set(node: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
-    node: dict[str, Any] = data
     model: type[BaseModel] = BranchConfig
     for part in parents:
         model = _submodel(model, part)
@@ -164,10 +169,6 @@ def _with_value(branch: BranchConfig, path: str, value: Any) -> BranchConfig:
     if leaf not in model.model_fields:
         raise ConfigError(f"unknown key {path!r}; {nearest(leaf, list(model.model_fields))}")
     node[leaf] = value
-    try:
-        return BranchConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from error
 
 
 def _submodel(model: type[BaseModel], part: str) -> type[BaseModel]:

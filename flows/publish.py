@@ -29,7 +29,7 @@ def publish_report(run: RunConfig, folder: Path) -> None:
     create_markdown_artifact(markdown=markdown, key=f"{name}-report")
     for file in sorted(folder.glob("*.png")):
         image = figures.data_uri(file.read_bytes())
-        create_image_artifact(image_url=image, key=f"{name}-{file.stem}", description=file.stem)
+        create_image_artifact(image_url=image, key=f"{name}-{file.stem.replace('_', '-')}", description=file.stem)
 
 
 def publish_lineage(run: RunConfig, graph: Graph, outcomes: dict[str, Outcome]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from prefect import flow
@@ -43,19 +44,27 @@ StageName = Annotated[str, AfterValidator(_known_stage), Field(json_schema_extra
 @flow(name="reasoning-qat", flow_run_name="{recipe}", persist_result=False)
 def reasoning_qat(
     recipe: RecipeName = "tiny_w2g128",
-    overrides: list[str] = Field(default=[], description="section.field=value, as on the command line's --set"),
-    branches: list[str] = Field(default=[], description="only the branches whose label contains one of these"),
-    force: list[StageName] = Field(default=[], description="stages to run again although they are cached"),
-    until: StageName | None = Field(default=None, description="the last stage to run"),
-    only_cached: bool = Field(default=False, description="fail rather than compute a stage that is not cached"),
-    checkpoint: str | None = Field(default=None, description="evaluate this checkpoint digest instead of the branches"),
-    jobs: int | None = Field(
-        default=None, ge=1, description="stages at a time; default: 1 on a GPU, the cores on a CPU"
-    ),
+    overrides: tuple[str, ...] = (),
+    branches: tuple[str, ...] = (),
+    force: tuple[StageName, ...] = (),
+    until: StageName | None = None,
+    only_cached: bool = False,
+    checkpoint: str | None = None,
+    jobs: int | None = None,
 ) -> str | None:
     """Turn a reasoning model into a low-bit one that still reasons: quantize, distil, reinforce, evaluate, report.
 
     Returns the reference of the report, or None when `until` ends the run before it.
+
+    Args:
+        recipe: a complete configuration
+        overrides: section.field=value, as on the command line's --set
+        branches: only the branches whose label contains one of these
+        force: stages to run again although they are cached
+        until: the last stage to run
+        only_cached: fail rather than compute a stage that is not cached (forced ones are computed)
+        checkpoint: evaluate the checkpoint with this digest instead of the branches
+        jobs: stages at a time; by default 1 on a GPU and the number of cores on a CPU
     """
     run = configured(recipe, overrides, branches, checkpoint)
     graph = build_graph(run, until)
@@ -65,7 +74,7 @@ def reasoning_qat(
 
 
 def run_graph(
-    run: RunConfig, graph: Graph, *, force: list[str], only_cached: bool, jobs: int | None, with_report: bool
+    run: RunConfig, graph: Graph, *, force: Sequence[str], only_cached: bool, jobs: int | None, with_report: bool
 ) -> Ref | None:
     """Run every node of the graph inside the current Prefect flow run, then the report of the branches.
 
@@ -85,7 +94,8 @@ def run_graph(
             if not with_report:
                 return None
             report, inputs = report_run(run, graph, outcomes, store, force="report" in force)
-            outcome = stage_task(report.stage)("report", report, TaskOptions(executor, on_event=display), inputs)
+            options_of_report = TaskOptions(executor, on_event=display)
+            outcome = stage_task(report.stage).submit("report", report, options_of_report, inputs).result()
             publish_report(run, store.path(outcome.ref))
             return outcome.ref
     except KeyboardInterrupt:

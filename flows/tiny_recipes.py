@@ -18,7 +18,7 @@ from tasks.ptq_init import PTQInitConfig
 from tasks.sft_train import SFTTrainConfig
 
 MAX_NEW_TOKENS = 192
-TEST = DatasetConfig(source="bundled", split="test", num_examples=1000, seed=999)
+TEST = DatasetConfig(source="bundled", split="test", num_examples=500, seed=999)
 EVALUATE = EvaluateConfig(name="bundled", max_new_tokens=MAX_NEW_TOKENS, seeds=(42, 43, 44), batch_size=384)
 
 # One set of values for SFT and KD, so that they differ in the objective alone.
@@ -34,12 +34,12 @@ QAT: dict[str, Any] = {
     "attention": "eager",
 }
 GRPO: dict[str, Any] = {
-    "steps": 20,
+    "steps": 12,
     "learning_rate": 5e-5,
     "warmup_steps": 2,
-    "batch_size": 96,
-    "micro_batch_size": 96,
-    "checkpoint_every": 5,
+    "batch_size": 64,
+    "micro_batch_size": 64,
+    "checkpoint_every": 3,
     "max_new_tokens": MAX_NEW_TOKENS,
     "mixed_precision": "bf16",
     "attention": "eager",

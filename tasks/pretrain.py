@@ -60,7 +60,7 @@ class PretrainConfig(StageConfig):
 def pretrain(config: PretrainConfig, context: Context) -> Metrics:
     """Train the model on generated problems, drills and stories, and write it as a bf16 Hugging Face folder."""
     tokenizer = build_tokenizer()
-    model = build_model(config, tokenizer).to(context.device)
+    model = build_model(config, tokenizer).to(context.device)  # type: ignore[arg-type]  # transformers wraps `to`
     objective = SFTObjective(model)
     optimizers = muon_adam(
         objective, config.loop, adam_pattern="embed_tokens", adam_learning_rate=config.adam_learning_rate
@@ -104,7 +104,7 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> P
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the bf16 checkpoint folder with the paper's sampling as generation defaults."""
-    model.to(torch.bfloat16)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.6,
@@ -146,7 +146,7 @@ class Curriculum:
     def _drills(self, num_rows: int, seed: int) -> list[Example]:
         """Rows of equations, of which only the results and the line ends after them are predicted."""
         drills = bundled_drills(num_rows * _DRILLS_PER_ROW, seed)
-        sign, line_end = self.tokenizer.convert_tokens_to_ids([_RESULT_SIGN, "\n"])
+        sign, line_end = (int(self.tokenizer.vocab[token]) for token in (_RESULT_SIGN, "\n"))
         examples = []
         for i in range(0, len(drills), _DRILLS_PER_ROW):
             text = "".join(drill + "\n" for drill in drills[i : i + _DRILLS_PER_ROW])

@@ -28,7 +28,10 @@ _PEOPLE = (
     *((name, "she") for name in ("Mia", "Anna", "Zoe", "Lena", "Ruth", "Ivy", "Nora", "Emma")),
     *((name, "he") for name in ("Ben", "Tom", "Leo", "Max", "Paul", "Sam", "Omar", "Finn")),
 )
-_ITEMS = ("apples", "coins", "cards", "books", "pens", "shells", "stamps", "beads", "eggs", "plums", "stones", "nuts")
+_ITEMS = (
+    *("apples", "coins", "cards", "books", "pens", "shells"),
+    *("stamps", "beads", "eggs", "plums", "stones", "nuts"),
+)
 _THINGS = ("house", "tree", "bird", "river", "door", "garden", "boat", "lamp", "table", "hat")
 _COLOURS = ("red", "green", "blue", "old", "small", "quiet", "warm", "bright")
 _PLACES = ("park", "market", "school", "beach", "forest", "village", "library", "station")

@@ -112,3 +112,11 @@ def test_paper_recipes_have_the_tables_hyperparameters() -> None:
 
 def test_nearest_names_all_when_nothing_is_near() -> None:
     assert nearest("zzz", ["alpha", "beta"]) == "valid: alpha, beta"
+
+
+def test_the_order_of_overrides_does_not_matter() -> None:
+    """Fewer steps than the recipe's warmup are refused, unless the warmup is lowered too, before or after."""
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        apply_overrides(tiny_w2g128(), ["kd_train.steps=3"])
+    both = ["kd_train.steps=3", "kd_train.warmup_steps=1"]
+    assert apply_overrides(tiny_w2g128(), both) == apply_overrides(tiny_w2g128(), both[::-1])

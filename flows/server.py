@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -98,8 +99,16 @@ def own_server(port: int) -> Iterator[Callable[[], str]]:
     try:
         yield lambda: _wait_healthy(process, url, log_path)
     finally:
+        flush_logs()
         stop(process)
         del os.environ["PREFECT_API_URL"]
+
+
+def flush_logs() -> None:
+    """Send what Prefect still holds of a run's log, before the server that takes it is stopped."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            handler.flush()
 
 
 def _wait_healthy(process: subprocess.Popen[bytes], url: str, log_path: Path) -> str:

@@ -39,6 +39,12 @@ class StageRun:
     force: bool = False
     source_digest: str | None = None
     """Content digest of what the stage reads from outside the store (a local model or data set)."""
+    code: str = ""
+    """Digest of the code; taken once where the run is made, and the same for the worker that executes it."""
+
+    def __post_init__(self) -> None:
+        if not self.code:
+            object.__setattr__(self, "code", code_digest(self.stage.module))
 
     def payload(self) -> dict[str, Any]:
         """What the key hashes: never a path of this machine, a device or a date."""
@@ -51,7 +57,7 @@ class StageRun:
         return {
             "stage": self.stage.name,
             "version": self.stage.version,
-            "code": code_digest(self.stage.module),
+            "code": self.code,
             "config": config,
             "inputs": {name: str(ref) for name, ref in sorted(self.inputs.items())},
         }

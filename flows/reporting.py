@@ -17,6 +17,8 @@ from tasks.report import COMPARISONS_FILE, HTML_FILE, LADDER_FILE, ReportBranch,
 from tasks.reporting import tables
 from tasks.reporting.comparisons import comparison_text
 
+WIDE_COLUMNS = ("truncated %", "mean length", "problems x seeds")
+"""Left to the report, so that the table fits a terminal."""
 TRAINING_ROLES = ("pretrain", "sft_train", "kd_train", "grpo_train")
 
 
@@ -80,7 +82,9 @@ def _scheme(branch: BranchConfig) -> str:
 def print_ladder(folder: Path, console: Console) -> None:
     """The ladder and the comparisons of a report artifact, for the terminal."""
     ladder = pd.read_parquet(folder / LADDER_FILE)
-    console.print(tables.rich_table(tables.ladder_text(ladder), "accuracy"))
+    text = tables.ladder_text(ladder).drop(columns=["scheme", *WIDE_COLUMNS], errors="ignore")
+    shape = ", ".join(dict.fromkeys(f"{r.problems} problems x {r.seeds} seeds" for r in ladder.itertuples()))
+    console.print(tables.rich_table(text, f"accuracy, {shape}"))
     comparisons = pd.read_parquet(folder / COMPARISONS_FILE)
     if len(comparisons):
         console.print(tables.rich_table(comparison_text(comparisons), "paired differences, in points"))

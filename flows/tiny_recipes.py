@@ -23,7 +23,7 @@ EVALUATE = EvaluateConfig(name="bundled", max_new_tokens=MAX_NEW_TOKENS, seeds=(
 
 # One set of values for SFT and KD, so that they differ in the objective alone.
 QAT: dict[str, Any] = {
-    "steps": 120,
+    "steps": 60,
     "learning_rate": 2e-4,
     "warmup_steps": 10,
     "batch_size": 32,

@@ -121,10 +121,10 @@ def configured(name: str, overrides: Sequence[str], branches: Sequence[str], che
     """
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}; {nearest(name, list(RECIPES))}")
-    run = RECIPES[name]().select(branches)
-    if checkpoint is not None:
-        ref = Store().resolve(checkpoint)
-        first = next(iter(run.branches.values()))
-        branch = BranchConfig(checkpoint=ref.digest, test_data=first.test_data, evaluate=first.evaluate)
-        run = run.with_branches({f"checkpoint {ref.short}": branch})
-    return apply_overrides(run, overrides)
+    run = apply_overrides(RECIPES[name]().select(branches), overrides)
+    if checkpoint is None:
+        return run
+    ref = Store().resolve(checkpoint)
+    first = next(iter(run.branches.values()))
+    branch = BranchConfig(checkpoint=ref.digest, test_data=first.test_data, evaluate=first.evaluate)
+    return run.with_branches({f"checkpoint {ref.short}": branch})

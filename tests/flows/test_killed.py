@@ -1,4 +1,4 @@
-"""kill -9 of the flow process in the middle of a training stage, then the same command: it resumes to the same result."""
+"""kill -9 of the flow process in the middle of a training stage, then the same command: same result."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from tasks.reporting import figures, tables
+from tasks.reporting.comparisons import Comparison, comparison_table, comparison_text
 from tasks.reporting.data import LadderRow, ReportData, SampleRow, StageRow, TrainingCurve
 from tasks.reporting.html import LONGEST_TEXT, build_report
 
@@ -61,7 +62,29 @@ def report() -> ReportData:
         curve(),
         curve("grpo_train", reward_mean=0.5, response_length=80.0, entropy=None, mismatch_abs=0.01),
     ]
-    return ReportData("Run", HOSTILE, rows(), "BF16", curves, stages, [sample], {"versions": {"torch": "2.13"}})
+    return ReportData(
+        title="Run",
+        description=HOSTILE,
+        rows=rows(),
+        reference="BF16",
+        comparisons=[
+            Comparison("KD", "RTN", 0.1, (0.05, 0.15), 0.001, 500),
+            Comparison("KD", HOSTILE, 0.0, (-0.1, 0.1), 1.0, 500),
+        ],
+        curves=curves,
+        stages=stages,
+        samples=[sample],
+        provenance={"versions": {"torch": "2.13"}},
+    )
+
+
+def test_comparisons_say_what_differs() -> None:
+    table = comparison_table(report().comparisons)
+    assert table[["difference", "low", "high"]].iloc[0].tolist() == pytest.approx([10.0, 5.0, 15.0])
+    text = comparison_text(table)
+    assert text["verdict"].tolist() == ["differs", "within noise"]
+    assert text["points [95%]"].iloc[0] == "+10.0 [+5.0, +15.0]"
+    assert list(comparison_table([]).columns) == list(table.columns)
 
 
 def test_ladder_holds_numbers() -> None:

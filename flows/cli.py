@@ -98,10 +98,17 @@ def check_request(recipe: str, sets: list[str], branches: list[str], checkpoint:
     """Tell bad input before any compute is spent: unknown names, values that do not fit, missing local files."""
     from flows.graph import build_graph, check_stage_names
     from flows.stage_runs import stage_run
+    from tasks.base_model import local_folder
+    from tasks.ptq_init import check_fits
 
     check_stage_names(stages)
-    for node in build_graph(load_run(recipe, sets, branches, checkpoint)).nodes.values():
+    run = load_run(recipe, sets, branches, checkpoint)
+    for node in build_graph(run).nodes.values():
         stage_run(node, Store(), "cpu", [])
+    for branch in run.branches.values():
+        folder = local_folder(branch.base_model.model) if branch.base_model is not None else None
+        if branch.ptq_init is not None and folder is not None:
+            check_fits(branch.ptq_init, folder)
 
 
 @app.command(
@@ -125,7 +132,7 @@ def run(
     with clear_errors():
         with server() as ready:
             check_request(recipe, sets, branch, checkpoint, [*force, *([until] if until else [])])
-            ready()
+            errors.print(f"[dim]Prefect UI of this run: {ready().removesuffix('/api')}[/]", highlight=False)
             from flows.reasoning_qat import reasoning_qat
 
             report = reasoning_qat(

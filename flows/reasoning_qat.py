@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -69,12 +70,25 @@ def reasoning_qat(
     run = configured(recipe, overrides, branches, checkpoint)
     graph = build_graph(run, until)
     with_report = until in (None, "report") and any("evaluate" in roles for roles in graph.roles.values())
-    report = run_graph(run, graph, force=force, only_cached=only_cached, jobs=jobs, with_report=with_report)
+    command = again(recipe, overrides, checkpoint) if with_report else None
+    report = run_graph(run, graph, force=force, only_cached=only_cached, jobs=jobs, report_command=command)
     return None if report is None else str(report)
 
 
+def again(recipe: str, overrides: Sequence[str], checkpoint: str | None) -> str:
+    """The command that runs one row of the ladder again; BRANCH stands for its label."""
+    parts = ["reasoning-qat run", recipe, *(f"--set {shlex.quote(override)}" for override in overrides)]
+    return " ".join([*parts, f"--checkpoint {checkpoint}" if checkpoint else "--branch BRANCH"])
+
+
 def run_graph(
-    run: RunConfig, graph: Graph, *, force: Sequence[str], only_cached: bool, jobs: int | None, with_report: bool
+    run: RunConfig,
+    graph: Graph,
+    *,
+    force: Sequence[str],
+    only_cached: bool,
+    jobs: int | None,
+    report_command: str | None,
 ) -> Ref | None:
     """Run every node of the graph inside the current Prefect flow run, then the report of the branches.
 
@@ -85,15 +99,15 @@ def run_graph(
     executor = StageExecutor(resources.jobs, resources.num_threads)
     console = Console(stderr=True)
     try:
-        with RunDisplay(console, len(graph.nodes) + int(with_report)) as display:
+        with RunDisplay(console, len(graph.nodes) + int(report_command is not None)) as display:
             options = {"only_cached": only_cached, "on_event": display}
             futures = submit_graph(graph, store, executor, resources, options=options, forced=force)
             wait(list(futures.values()))
             outcomes: dict[str, Outcome] = {identity: future.result() for identity, future in futures.items()}
             publish_lineage(run, graph, outcomes)
-            if not with_report:
+            if report_command is None:
                 return None
-            report, inputs = report_run(run, graph, outcomes, store, force="report" in force)
+            report, inputs = report_run(run, graph, outcomes, store, command=report_command, force="report" in force)
             options_of_report = TaskOptions(executor, on_event=display)
             outcome = stage_task(report.stage).submit("report", report, options_of_report, inputs).result()
             publish_report(run, store.path(outcome.ref))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,14 @@ TRAINING_ROLES = ("pretrain", "sft_train", "kd_train", "grpo_train")
 
 
 def report_run(
-    run: RunConfig, graph: Graph, outcomes: Mapping[str, Outcome], store: Store, *, force: bool
+    run: RunConfig, graph: Graph, outcomes: Mapping[str, Outcome], store: Store, *, command: str, force: bool
 ) -> tuple[StageRun, dict[str, Outcome]]:
     """The report stage of a finished run and its inputs: evaluations, test sets and training logs."""
     inputs: dict[str, Outcome] = {}
     branches = tuple(
-        _branch(run, label, graph, outcomes, inputs) for label, roles in graph.roles.items() if "evaluate" in roles
+        _branch(run, label, graph, outcomes, inputs, command)
+        for label, roles in graph.roles.items()
+        if "evaluate" in roles
     )
     stages = tuple(
         ReportStage(
@@ -53,7 +56,12 @@ def _ref(identity: str, graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
 
 
 def _branch(
-    run: RunConfig, label: str, graph: Graph, outcomes: Mapping[str, Outcome], inputs: dict[str, Outcome]
+    run: RunConfig,
+    label: str,
+    graph: Graph,
+    outcomes: Mapping[str, Outcome],
+    inputs: dict[str, Outcome],
+    command: str,
 ) -> ReportBranch:
     roles = graph.roles[label]
 
@@ -71,7 +79,7 @@ def _branch(
         evaluation=artifact("evaluate"),
         test_data=artifact("test_data"),
         logs={role: artifact(role) for role in TRAINING_ROLES if role in roles},
-        command=f'reasoning-qat run {run.name} --branch "{label}"',
+        command=command.replace("BRANCH", shlex.quote(label)),
     )
 
 

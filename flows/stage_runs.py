@@ -35,7 +35,10 @@ class Resources:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         device = "cuda" if torch.cuda.is_available() else "cpu"
         jobs = jobs or (1 if device == "cuda" else min(cores, 4))
-        return cls(device, jobs, max(1, cores // jobs))
+        threads = max(1, cores // jobs)
+        if (limit := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
+            threads = min(threads, max(1, int(limit)))
+        return cls(device, jobs, threads)
 
 
 def stage_run(node: Node, store: Store, device: str, forced: Sequence[str]) -> StageRun:

@@ -32,7 +32,7 @@ def base_model(config: BaseModelConfig, context: Context) -> Metrics:
 
     They are copied, not linked: the store's files are read-only, and the user's folder must stay the user's to edit.
     """
-    folder = _local_folder(config.model)
+    folder = local_folder(config.model)
     revision = None
     if folder is None:
         folder, revision = _fetch(config)
@@ -52,7 +52,7 @@ def source_digest(config: BaseModelConfig) -> str:
 
     Raises StageError if a local folder is missing or incomplete.
     """
-    folder = _local_folder(config.model)
+    folder = local_folder(config.model)
     if folder is None:
         return hashlib.sha256(f"hub\0{config.model}\0{config.revision}".encode()).hexdigest()
     check_model_folder(folder)
@@ -73,7 +73,7 @@ def bundled_folder() -> Path:
     return folder
 
 
-def _local_folder(model: str) -> Path | None:
+def local_folder(model: str) -> Path | None:
     """The folder meant by `model`, or None for a hub id; StageError for a path that is not there."""
     if model == BUNDLED:
         return bundled_folder()

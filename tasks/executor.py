@@ -39,13 +39,15 @@ class StageExecutor:
         return ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(self._num_threads,))
 
     def run(self, run: StageRun, on_progress: Callable[[dict[str, Any]], None], *, fresh: bool = False) -> Outcome:
-        """Run one stage in a worker and wait; `on_progress` gets its progress about twice a second.
+        """Run one stage in a worker and wait; `on_progress` gets its progress about twice a second, and an
+        empty one when it starts.
 
         Raises what the stage raised, or StageError when the worker died.
         """
         store = Store(run.store_root)
         scratch = store.scratch(store.key(run.payload()))
         with self._slots:
+            on_progress({})
             pool = self._pool(1) if fresh else self._shared
             try:
                 return _wait(pool.submit(execute, run), scratch / PROGRESS_FILE, on_progress)
@@ -75,8 +77,11 @@ def _wait(future: Future[Outcome], progress_file: Path, on_progress: Callable[[d
             return future.result(timeout=POLL_SECONDS)
         except FutureTimeout:
             if future.done():
-                raise
-        text = progress_file.read_text() if progress_file.exists() else ""
+                return future.result()
+        try:
+            text = progress_file.read_text()
+        except FileNotFoundError:
+            text = ""
         if text and text != seen:
             seen = text
             on_progress(json.loads(text))

@@ -56,13 +56,13 @@ def _compute(label: str, run: StageRun, options: TaskOptions) -> Outcome:
         raise StageError(
             f"{label}: not in the cache, and --only-cached was given; run without it to compute this stage"
         )
-    options.on_event(label, {"state": "running"})
     show = _ProgressArtifact(label)
     on_event = options.on_event
 
     def on_progress(progress: dict[str, Any]) -> None:
         on_event(label, {"state": "running", **progress})
-        show(progress)
+        if progress:
+            show(progress)
 
     outcome = options.executor.run(run, on_progress, fresh=options.fresh_process)
     show.finish()

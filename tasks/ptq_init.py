@@ -10,6 +10,7 @@ the retries are recorded in ptq_report.json; then the stage fails.  The referenc
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,22 @@ def ptq_init(config: PTQInitConfig, context: Context, *, base: Path, calibration
     report = stream.report()
     write_json(context.output / REPORT, report)
     return {"seconds": time.perf_counter() - start, **_metrics(report)}
+
+
+def check_fits(config: PTQInitConfig, base: Path) -> None:
+    """Raise StageError if the method cannot do the scheme, or a group size does not divide the model's linears.
+
+    Reads config.json alone, so that it can be asked before any compute is spent.
+    """
+    try:
+        _, scheme, _ = _checked(config)
+        model = json.loads((base / "config.json").read_text())
+        heads = model["num_attention_heads"]
+        head_dim = model.get("head_dim") or model["hidden_size"] // heads
+        for in_features in (model["hidden_size"], heads * head_dim, model["intermediate_size"]):
+            scheme.num_groups(in_features)
+    except ValueError as error:
+        raise StageError(f"ptq_init: {error}") from error
 
 
 def _checked(config: PTQInitConfig) -> tuple[Method, Scheme, GPTQOptions]:

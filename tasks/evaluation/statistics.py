@@ -112,10 +112,19 @@ def paired_bootstrap(samples_a: pd.DataFrame, samples_b: pd.DataFrame) -> dict[s
     differences = (means_b - means_a).to_numpy()
     return {
         "diff": float(differences.mean()),
-        "ci95": list(bootstrap_interval(differences)),
+        "ci95": list(_difference_interval(differences)),
         "p_value": sign_flip_p_value(differences),
         "num_problems": len(differences),
     }
+
+
+def _difference_interval(differences: np.ndarray) -> tuple[float, float]:
+    """Bootstrap interval; where all differences are the same, Wilson's width for 0 of n instead of false certainty."""
+    if differences.min() < differences.max():
+        low, high = bootstrap_interval(differences)
+        return low, high
+    same, width = float(differences[0]), wilson_interval(0, len(differences))[1]
+    return max(-1.0, same - width), min(1.0, same + width)
 
 
 def sign_flip_p_value(differences: np.ndarray) -> float:

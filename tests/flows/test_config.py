@@ -120,3 +120,22 @@ def test_the_order_of_overrides_does_not_matter() -> None:
         apply_overrides(tiny_w2g128(), ["kd_train.steps=3"])
     both = ["kd_train.steps=3", "kd_train.warmup_steps=1"]
     assert apply_overrides(tiny_w2g128(), both) == apply_overrides(tiny_w2g128(), both[::-1])
+
+
+def test_a_group_size_that_does_not_divide_is_told_before_any_compute() -> None:
+    from flows.cli import check_request
+    from tasks.stage import StageError
+
+    check_request("tiny_w2g128", [], [], None, [])
+    with pytest.raises(StageError, match="64"):
+        check_request("tiny_w2g128", ["ptq_init.scheme=W2G96"], [], None, [])
+    with pytest.raises(StageError, match="gptq"):
+        check_request("tiny_w2g128", ["ptq_init.method=gtpq"], [], None, [])
+    with pytest.raises(StageError, match="/nowhere"):
+        check_request("tiny_w2g128", ["model=/nowhere"], [], None, [])
+
+
+def test_the_report_names_the_command_that_runs_a_row_again() -> None:
+    from flows.reasoning_qat import again
+
+    assert again("demo", ["a.b=[1, 2]"], None) == "reasoning-qat run demo --set 'a.b=[1, 2]' --branch BRANCH"

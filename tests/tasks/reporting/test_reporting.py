@@ -69,7 +69,7 @@ def report() -> ReportData:
         reference="BF16",
         comparisons=[
             Comparison("KD", "RTN", 0.1, (0.05, 0.15), 0.001, 500),
-            Comparison("KD", HOSTILE, 0.0, (-0.1, 0.1), 1.0, 500),
+            Comparison("KD", "BF16", 0.0, (-0.1, 0.1), 1.0, 500),
         ],
         curves=curves,
         stages=stages,

@@ -123,13 +123,10 @@ def _add_branch(graph: Graph, label: str, branch: BranchConfig) -> None:
     else:
         assert branch.base_model is not None
         base = add("base_model", base_model, branch.base_model)
-    student = base
+    student, inputs = base, {"base": base}
+    if branch.calibrate is not None:
+        inputs["calibration"] = add("calibrate", calibrate, branch.calibrate, base=base, data=data("calibration_data"))
     if branch.ptq_init is not None:
-        inputs = {"base": base}
-        if branch.calibrate is not None:
-            inputs["calibration"] = add(
-                "calibrate", calibrate, branch.calibrate, base=base, data=data("calibration_data")
-            )
         student = add("ptq_init", ptq_init, branch.ptq_init, **inputs)
     student = _add_training(add, data, branch, base, student)
     if branch.evaluate is not None:

@@ -48,6 +48,8 @@ def test_domain_alignment_is_four_branches_of_one_flow() -> None:
 def test_until_cuts_what_comes_after() -> None:
     names = {node.stage.name for node in build_graph(demo(), until="ptq_init").nodes.values()}
     assert names == {"base_model", "dataset", "calibrate", "ptq_init"}
+    names = {node.stage.name for node in build_graph(demo(), until="calibrate").nodes.values()}
+    assert names == {"base_model", "dataset", "calibrate"}
     with pytest.raises(ConfigError, match="did you mean 'ptq_init'"):
         build_graph(demo(), until="ptq_int")
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Waiting threads that spin steal time from working ones, and a stage gets its share of the cores explicitly.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-slow lint serve bench clean
+.PHONY: help install demo test test-slow lint serve clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -35,9 +35,6 @@ test: lint  ## Style, types and every test that is neither slow nor needs a GPU
 
 test-slow: install  ## The slow tests
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
-
-bench: install  ## Benchmarks: ratios against a named reference in the same run
-	$(BIN)/python -m benchmarks
 
 clean:  ## Remove the environment; the artifact store stays
 	rm -rf $(VENV)

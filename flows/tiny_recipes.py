@@ -1,7 +1,7 @@
 """Branches on the bundled tiny reasoning model.
 
-The training settings were not tuned: learning rates are guesses from a feasibility experiment, and the numbers of steps fit
-the demo into ten minutes on two cores.
+The training settings were not tuned: learning rates are guesses from a feasibility experiment, and the numbers of
+steps fit the demo into ten minutes on two cores.
 """
 
 from __future__ import annotations

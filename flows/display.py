@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -56,6 +57,7 @@ class RunDisplay:
 
     def __call__(self, label: str, event: dict[str, Any]) -> None:
         """Take one event of a stage: {"state": "running" | "cached" | "done", ...}; called from many threads."""
+        label = escape(label)  # a branch's name in brackets is no markup
         with self._lock:
             if event["state"] == "running":
                 self._running(label, event)

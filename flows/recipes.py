@@ -32,20 +32,19 @@ def demo() -> RunConfig:
 
 @recipe
 def tiny_w2g128() -> RunConfig:
-    return RunConfig(
-        name="tiny_w2g128",
-        description="bundled model, W2G128: GPTQ -> KD -> GRPO, beside BF16",
-        branches={"BF16": tiny_branch(), "Reasoning-QAT W2G128": tiny_branch("W2G128", kd=True, grpo=True)},
-        reference="BF16",
-    )
+    return _tiny("tiny_w2g128", "W2G128")
 
 
 @recipe
 def tiny_w3g128() -> RunConfig:
+    return _tiny("tiny_w3g128", "W3G128")
+
+
+def _tiny(name: str, scheme: str) -> RunConfig:
     return RunConfig(
-        name="tiny_w3g128",
-        description="bundled model, W3G128: GPTQ -> KD -> GRPO, beside BF16",
-        branches={"BF16": tiny_branch(), "Reasoning-QAT W3G128": tiny_branch("W3G128", kd=True, grpo=True)},
+        name=name,
+        description=f"bundled model, {scheme}: GPTQ -> KD -> GRPO, beside BF16",
+        branches={"BF16": tiny_branch(), f"Reasoning-QAT {scheme}": tiny_branch(scheme, kd=True, grpo=True)},
         reference="BF16",
     )
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quant.scheme import code_range
+
 # Values that a pass works on at a time: the float32 temporaries of a chunk stay in a CPU core's cache.
 CHUNK_CPU = 2**17
 CHUNK_ACCELERATOR = 2**28
@@ -38,11 +40,11 @@ class DynamicGrid:
 
     @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return code_range(self.bits, self.symmetric)[0]
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return code_range(self.bits, self.symmetric)[1]
 
 
 def dynamic_fake_quantize(x: Tensor, grid: DynamicGrid, factors: Tensor | None = None) -> Tensor:

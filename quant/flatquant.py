@@ -150,6 +150,5 @@ def _finished(run: BlockRun, learned: nn.Module, calibration: Calibration, schem
 
 def _rounding_error(linear: QuantLinear) -> float:
     """The squared change of the transformed weights by clipping and rounding, relative to their square."""
-    assert linear.basis is not None, "every linear of the block has transforms"
-    weight_OI = linear.basis.weight(linear.weight)
+    weight_OI = linear.weight_in_basis()
     return float((linear.rounded_weight(torch.float32) - weight_OI).square().sum() / weight_OI.square().sum())

@@ -84,6 +84,10 @@ class QuantLinear(nn.Module):
         assert self.bias is not None, "asked for where there is one"
         return self.bias if self.basis is None else self.basis.bias(self.bias)
 
+    def weight_in_basis(self) -> Tensor:
+        """The latent weights [O, I] as they are before rounding, in fp32."""
+        return self.weight if self.basis is None else self.basis.weight(self.weight)
+
     def rounded_weight(self, dtype: torch.dtype) -> Tensor:
         """The weights [O, I] that the layer computes with: dequantized, rounded to bf16, given as `dtype`."""
         if self.weight.dtype != torch.float32:
@@ -99,7 +103,7 @@ class QuantLinear(nn.Module):
         return self._rounded_in_basis(dtype)
 
     def _rounded_in_basis(self, dtype: torch.dtype) -> Tensor:
-        weight_OI = self.weight if self.basis is None else self.basis.weight(self.weight)
+        weight_OI = self.weight_in_basis()
         if self.weight_clip is None:
             return self._rounded_on_grid(weight_OI, dtype)
         rounded_OGK = dynamic_fake_quantize(grouped(weight_OI, self.scheme), self._clipped_grid(), self.weight_clip())
@@ -120,7 +124,7 @@ class QuantLinear(nn.Module):
         """(scale_OG, zero_OG) that the forward pass uses now, as stored, detached."""
         if self.scale is not None and self.zero is not None:
             return snap_grid(self.scale, self.zero, self.scheme)
-        weight_OI = self.weight if self.basis is None else self.basis.weight(self.weight)
+        weight_OI = self.weight_in_basis()
         if self.weight_clip is None:
             return _minmax(weight_OI, self.scheme)
         grid_OG1 = dynamic_grid(grouped(weight_OI, self.scheme), self._clipped_grid(), self.weight_clip())
@@ -176,7 +180,7 @@ def prepare(
 def convert(model: Model) -> Model:
     """Put a plain nn.Linear with the rounded weights for each QuantLinear; outputs stay the same bits.
 
-    Quantizers of activations and caches stay in place (`quant.site_tensors.fold_diagonals` simplifies them).
+    Quantizers of activations and caches stay in place.
     """
     modules = dict(quantized_linears(model))
     for name in list(modules):

@@ -41,6 +41,11 @@ UNQUANTIZED_BITS = 16
 _NAME = re.compile(r"(W|G|A|KV)(\d+)")
 
 
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The least and the largest code."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
 @dataclass(frozen=True)
 class Scheme:
     """A quantization scheme; `Scheme.parse("W3G128")` or `Scheme.parse("W4A4KV4")` is the usual way to make one.
@@ -104,11 +109,11 @@ class Scheme:
 
     @property
     def qmin(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return code_range(self.bits, self.symmetric)[0]
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return code_range(self.bits, self.symmetric)[1]
 
     @property
     def code_dtype(self) -> torch.dtype:

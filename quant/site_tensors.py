@@ -96,24 +96,6 @@ def folded_tensors(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]
 
 
 @torch.no_grad()
-def fold_diagonals(model: nn.Module) -> None:
-    """Multiply every diagonal of an input transform into the norm before it, in place, and drop it.
-
-    For a model whose linears are plain already: what lies between two linears is in their weights, and is dropped too.
-    """
-    for norm, diagonal_I in list(_norm_diagonals(model)):
-        weight = model.get_submodule(norm).get_parameter("weight")
-        weight.copy_(_scaled(weight, diagonal_I))
-    for _, quantizer in list(quantizers(model)):
-        if isinstance(quantizer, InputQuantizer) and quantizer.transform is not None:
-            quantizer.transform.diagonal = None
-    for name, module in list(model.named_modules()):
-        if name.endswith((VALUE_TRANSFORM, DOWN_SCALE)) and isinstance(module, KroneckerTransform):
-            parent, _, leaf = name.rpartition(".")
-            delattr(model.get_submodule(parent), leaf)
-
-
-@torch.no_grad()
 def _rounded(linear: QuantLinear) -> Tensor:
     return linear.rounded_weight(linear.plain_dtype)
 

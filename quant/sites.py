@@ -24,12 +24,13 @@ from quant.dynamic import DynamicGrid, dynamic_fake_quantize
 from quant.transforms import KroneckerTransform, WeightBasis
 
 INPUT_SITES = {
-    "self_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
     "self_attn.o_proj": ("self_attn.o_proj",),
     "mlp": ("mlp.up_proj", "mlp.gate_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
-"""The module at each input site of a decoder layer, and the linears that read what it is given."""
+"""The module at each input site of a Qwen2, Qwen3 or Llama decoder layer in the order of computation, and the linears
+that read what it is given."""
 KV_SITE = "self_attn"
 INPUT_QUANTIZER, KV_QUANTIZER = "input_quantizer", "kv_quantizer"
 VALUE_TRANSFORM, DOWN_SCALE = "self_attn.value_transform", "mlp.down_scale"
@@ -50,11 +51,11 @@ class Clip(nn.Module):
             self.register_buffer("logits", logits.detach().clone())
 
     @classmethod
-    def constant(cls, factor: float, *shape: int) -> Clip:
+    def constant(cls, factor: float) -> Clip:
         """The same, fixed factor for low and high; ValueError unless it lies strictly between 0 and 1."""
         if not 0 < factor < 1:
             raise ValueError(f"a clip factor must lie strictly between 0 and 1, not {factor}; leave clipping out for 1")
-        return cls(torch.logit(torch.full((*shape, 2), factor, dtype=torch.float64)).float(), learned=False)
+        return cls(torch.logit(torch.full((2,), factor, dtype=torch.float64)).float(), learned=False)
 
     def forward(self) -> Tensor:
         return self.logits.sigmoid()

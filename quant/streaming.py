@@ -31,15 +31,11 @@ from quant.host_memory import release_free_memory
 from quant.rewrite import RewriteFactory
 from quant.scheme import Scheme
 from quant.site_tensors import site_tensors
+from quant.sites import INPUT_SITES
 from quant.statistics import HessianAccumulator
 
-LINEAR_GROUPS = (
-    ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.up_proj", "mlp.gate_proj"),
-    ("mlp.down_proj",),
-)
-"""The linears of a Qwen2, Qwen3 or Llama decoder layer in calibration order; those of one group have the same input."""
+LINEAR_GROUPS = tuple(INPUT_SITES.values())
+"""The linears of a decoder layer in calibration order; those of one group have the same input."""
 ATTENTION_END = ("self_attn.o_proj",)
 """The group whose inputs, then outputs are kept while a block is worked on: attention is its most expensive part and
 would run three times more.  They are as large as the hidden states; the inputs of down_proj, thrice that, are not."""
@@ -286,7 +282,7 @@ def _check_linears(block: nn.Module) -> None:
     if found != known:
         raise ValueError(
             f"unknown decoder layer {type(block).__name__}: its linears differ from those of Qwen2, Qwen3 and Llama in "
-            f"{sorted(found ^ known)}; add its groups to quant.streaming.LINEAR_GROUPS"
+            f"{sorted(found ^ known)}; add its groups to quant.sites.INPUT_SITES"
         )
 
 

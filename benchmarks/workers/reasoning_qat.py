@@ -6,9 +6,9 @@ CONFIG is a PTQInitConfig as JSON.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,15 +25,10 @@ def main(model: Path, tokens: Path, output: Path, config: PTQInitConfig) -> None
         folder.mkdir()
     masked = {"input_ids": input_ids_NT, "attention_mask": torch.ones_like(input_ids_NT)}
     save_file(masked, calibration / "tokens.safetensors")
-    start = cpu_seconds()
+    start = time.process_time()
     ptq_init(config, Context(output, scratch), base=model, calibration=calibration)
-    (output / "figures.json").write_text(json.dumps({"quantize_cpu_s": cpu_seconds() - start}))
+    (output / "figures.json").write_text(json.dumps({"quantize_cpu_s": time.process_time() - start}))
     shutil.rmtree(scratch)
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

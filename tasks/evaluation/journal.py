@@ -16,9 +16,9 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from tasks.rollout.engine import Request, SamplingParams
@@ -61,7 +61,7 @@ def request_key(request: Request, sampling: SamplingParams, engine: Mapping[str,
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """Context manager over an append-only file of finished generations.
 
     A full disk raises OSError (ENOSPC or the like) out of `append` and leaves a file of whole lines.
@@ -106,10 +106,5 @@ class Journal:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()

@@ -9,8 +9,7 @@ import pandas as pd
 
 from tasks.reporting.tables import ABSENT, natural_key
 
-SCORERS = {"strict": (), "paper": ("paper",)}
-"""Scorer to where its figures stand in results.json."""
+SCORERS = ("strict", "paper")
 
 
 def scorer_text(results: Mapping[str, Any]) -> pd.DataFrame:
@@ -60,9 +59,8 @@ def response_text(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _figures(results: Mapping[str, Any], scorer: str) -> Mapping[str, Any]:
-    for name in SCORERS[scorer]:
-        results = results[name]
-    return results
+    """The strict scorer's figures stand at the top of results.json."""
+    return results if scorer == "strict" else results[scorer]
 
 
 def _percent(figures: Mapping[str, Any]) -> str:

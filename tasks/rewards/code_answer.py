@@ -7,10 +7,10 @@ to itself or to Python, it passes a test only by saying what it was not told.
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from tasks.rewards.code_tests import CodeTest, parse_tests
 from tasks.rewards.math_answer import answer_part
@@ -84,7 +84,7 @@ def _blocks(text: str) -> list[tuple[str, str]]:
     return blocks
 
 
-class CodeGrader:
+class CodeGrader(AbstractContextManager["CodeGrader"]):
     """Grades programs by running them against tests; use as a context manager. Safe to use from any thread.
 
     Args:
@@ -100,12 +100,7 @@ class CodeGrader:
         self._sandbox = Sandbox(limits, unsafe)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="code-grader")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def grade(self, responses: Sequence[str], tests: Sequence[str]) -> list[CodeVerdict]:

@@ -6,10 +6,9 @@ The paper's harness: the last box of the whole response, and where there is none
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
-from types import TracebackType
-from typing import Self
 
 from tasks.rewards.grader import Kind, VerifierPool
 
@@ -163,7 +162,7 @@ def _exponent_end(answer: str, start: int) -> int:
     return len(answer)
 
 
-class Grader:
+class Grader(AbstractContextManager["Grader"]):
     """Grades responses against reference answers; use as a context manager.
 
     Args:
@@ -174,12 +173,7 @@ class Grader:
     def __init__(self, num_workers: int = 2, cpu_seconds: float = 5.0) -> None:
         self._pool = VerifierPool(num_workers, cpu_seconds)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Usage, fidelity, load_model, windows
-from benchmarks.gptq import LENGTH, NUM_CALIBRATION, ours, quantize
+from benchmarks.peers import LENGTH, NUM_CALIBRATION, ours, quantize
 from quant.scheme import Scheme
 from tasks.models import load_model as load_checkpoint
 

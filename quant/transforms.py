@@ -10,16 +10,18 @@ Dimensions: I = A * B input features, seen as a matrix of A rows and B columns; 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class KroneckerTransform(nn.Module):
     """x -> (x * diagonal) (left kron right); each part may be absent, which stands for the identity.
 
     left_AA alone mixes attention heads (B is the head size), right_BB alone every head in itself. The parts compute in
-    the dtype of x; inverses in float64.
+    the dtype of x, under autocast too, so that a student's weights are those of its checkpoint; inverses in float64.
     """
 
     left: Tensor | None
@@ -42,20 +44,17 @@ class KroneckerTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x[..., I] P, in the dtype of x."""
-        if self.diagonal is not None:
-            x = x * self.diagonal.to(x.dtype)
-        return _product(x, self.left, self.right)
+        return _product(x, self.diagonal, self.left, self.right)
 
     def inverse_transposed(self, w_OI: Tensor) -> Tensor:
         """w_OI P^-T [O, I], in the dtype of w_OI: the weights that go with transformed inputs."""
-        if self.diagonal is not None:
-            w_OI = w_OI / self.diagonal.to(w_OI.dtype)
-        return _product(w_OI, *(self._inverse_transposed(name) for name in ("left", "right")))
+        diagonal = None if self.diagonal is None else self.diagonal.double().reciprocal()
+        return _product(w_OI, diagonal, *(self._inverse_transposed(name) for name in ("left", "right")))
 
     def inverse(self, x: Tensor) -> Tensor:
         """x[..., I] P^-1, in the dtype of x."""
         factors = (self._inverse_transposed(name) for name in ("left", "right"))
-        x = _product(x, *(None if factor is None else factor.T for factor in factors))
+        x = _product(x, None, *(None if factor is None else factor.T for factor in factors))
         return x if self.diagonal is None else x / self.diagonal.to(x.dtype)
 
     def _inverse_transposed(self, name: str) -> Tensor | None:
@@ -91,28 +90,73 @@ def balanced_factors(size: int) -> tuple[int, int]:
     return left, size // left
 
 
-def _product(x: Tensor, left_AA: Tensor | None, right_BB: Tensor | None) -> Tensor:
-    """x (left kron right): with x as a matrix X of A rows, left^T X right."""
+def _product(x: Tensor, diagonal_I: Tensor | None, left_AA: Tensor | None, right_BB: Tensor | None) -> Tensor:
+    """(x * diagonal) (left kron right) in the dtype of x."""
     if left_AA is None and right_BB is None:
-        return x
-    num_rows = left_AA.shape[0] if left_AA is not None else -1
-    num_columns = right_BB.shape[0] if right_BB is not None else x.shape[-1] // num_rows
-    x_AB = x.unflatten(-1, (num_rows, num_columns))
-    if left_AA is not None:
-        # On the transpose, so that all rows of x are one matrix product (and one for the gradient of `left`).
-        x_AB = _times(x_AB.mT, left_AA).mT
-    if right_BB is not None:
-        x_AB = _times(x_AB, right_BB)
-    return x_AB.flatten(-2)
+        return _scaled(x, diagonal_I)
+    return _KroneckerProduct.apply(x, diagonal_I, left_AA, right_BB)
 
 
-def _times(x: Tensor, matrix_KK: Tensor) -> Tensor:
-    """x[..., K] matrix_KK in the dtype of x, as one product of matrices.
+class _KroneckerProduct(torch.autograd.Function):
+    """With x * diagonal as N matrices X of A rows and B columns: left^T X right, for at least one factor.
 
-    torch.matmul folds batches like this or not by whether a factor needs a gradient; the other kernel has other last
-    bits, and a student would not compute as its checkpoint does.
+    Keeps its input alone, where autograd would keep one more copy of it for each part. The right factor is one product
+    of matrices; the left one a batch of them, which needs no transposed copies (on a CPU half the time, measured).
     """
-    return (x.reshape(-1, x.shape[-1]) @ matrix_KK.to(x.dtype)).view(x.shape)
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, diagonal_I: Tensor | None, left_AA: Tensor | None, right_BB: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, diagonal_I, left_AA, right_BB)
+        with torch.autocast(x.device.type, enabled=False):
+            x_NAB = _as_matrices(_scaled(x, diagonal_I), left_AA, right_BB)
+            return _left(_right(x_NAB, right_BB), left_AA).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, diagonal_I, left_AA, right_BB = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            x_NAB, grad_NAB = (_as_matrices(t, left_AA, right_BB) for t in (_scaled(x, diagonal_I), grads[0]))
+            grad_left_AA = grad_right_BB = grad_diagonal_I = None
+            if ctx.needs_input_grad[3]:
+                left_grad_NAB = _left(grad_NAB, None if left_AA is None else left_AA.T)
+                grad_right_BB = (x_NAB.flatten(0, 1).T @ left_grad_NAB.flatten(0, 1)).to(right_BB.dtype)
+            grad_NAB = _right(grad_NAB, None if right_BB is None else right_BB.T)
+            if ctx.needs_input_grad[2]:
+                x_AK, grad_AK = (t.transpose(0, 1).flatten(1) for t in (x_NAB, grad_NAB))
+                grad_left_AA = (x_AK @ grad_AK.T).to(left_AA.dtype)
+            grad_x = _left(grad_NAB, None if left_AA is None else left_AA.T).view(x.shape)
+            if ctx.needs_input_grad[1]:
+                rows = tuple(range(x.ndim - 1))
+                grad_diagonal_I = (x * grad_x).sum(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+                grad_diagonal_I = grad_diagonal_I.to(diagonal_I.dtype)
+            return _scaled(grad_x, diagonal_I), grad_diagonal_I, grad_left_AA, grad_right_BB
+
+
+def _scaled(x: Tensor, diagonal_I: Tensor | None) -> Tensor:
+    return x if diagonal_I is None else x * diagonal_I.to(x.dtype)
+
+
+def _as_matrices(x: Tensor, left_AA: Tensor | None, right_BB: Tensor | None) -> Tensor:
+    """x[..., A * B] as [N, A, B]."""
+    num_columns = right_BB.shape[0] if right_BB is not None else x.shape[-1] // len(left_AA)  # type: ignore[arg-type]
+    return x.reshape(-1, x.shape[-1] // num_columns, num_columns)
+
+
+def _right(x_NAB: Tensor, right_BB: Tensor | None) -> Tensor:
+    if right_BB is None:
+        return x_NAB
+    return (x_NAB.flatten(0, 1) @ right_BB.to(x_NAB.dtype)).view(x_NAB.shape)
+
+
+def _left(x_NAB: Tensor, left_AA: Tensor | None) -> Tensor:
+    """left^T X for each of the matrices."""
+    if left_AA is None:
+        return x_NAB
+    transposed_AA = left_AA.T.to(x_NAB.dtype).contiguous()
+    return torch.bmm(transposed_AA.expand(len(x_NAB), -1, -1), x_NAB)
 
 
 @dataclass(frozen=True)

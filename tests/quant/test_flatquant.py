@@ -138,7 +138,7 @@ def test_calibration_lowers_the_error_of_the_block_that_is_stored(architecture: 
     prepare(nn.ModuleDict({"block": rtn}), W4A4KV4, None, "recomputed", {"block": plain})
     start = learnable(float_copy(run.block), W4A4KV4, initial_sites(run.block, W4A4KV4, max_inputs, OPTIONS.seed))
     errors = [block_error(block, batches, targets) for block in (rtn, start, switch(stream.stored[0], on=True))]
-    assert errors[2] < 0.9 * errors[1] < 0.9 * 0.7 * errors[0]
+    assert errors[2] < errors[1] < 0.7 * errors[0]
     for results in stream.results:
         reports = [result.report for result in results.values()]
         assert len(reports) == 7 and all(report["retries"] == 0 and 0 < report["error"] < 0.1 for report in reports)

@@ -47,21 +47,55 @@ def test_weights_follow_so_that_outputs_stay(left: bool, right: bool, diagonal: 
     torch.testing.assert_close(transform.inverse(transform(x)), x, rtol=1e-9, atol=1e-9)
 
 
-def test_gradients_of_all_parts_are_right() -> None:
-    transform, _ = make(True, True, True, learned=True)
+@parts
+def test_gradients_of_all_parts_are_right(left: bool, right: bool, diagonal: bool) -> None:
+    transform, _ = make(left, right, diagonal, learned=True)
     names = [name for name, _ in transform.named_parameters()]
-    assert names == ["left", "right", "diagonal"]
-    x, w_OI = random(6, A * B), random(NUM_OUT, A * B, seed=9)
+    x, w_OI = random(2, 3, A * B), random(NUM_OUT, A * B, seed=9)
 
-    def outputs(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parameters = dict(zip(names, tensors, strict=True))
-        call = torch.func.functional_call
-        there = call(transform, parameters, (x,))
-        with torch.nn.utils.stateless._reparametrize_module(transform, parameters):
-            return there, transform.inverse_transposed(w_OI), transform.inverse(x)
+    def outputs(x: Tensor, w_OI: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.nn.utils.stateless._reparametrize_module(transform, dict(zip(names, tensors, strict=True))):
+            return transform(x), transform.inverse_transposed(w_OI), transform.inverse(x)
 
-    tensors = tuple(parameter.detach().clone().requires_grad_() for parameter in transform.parameters())
-    assert torch.autograd.gradcheck(outputs, tensors)
+    tensors = (x, w_OI, *(parameter.detach().clone() for parameter in transform.parameters()))
+    assert torch.autograd.gradcheck(outputs, tuple(tensor.requires_grad_() for tensor in tensors))
+
+
+def test_gradients_of_bfloat16_inputs_are_those_of_float32_but_for_rounding() -> None:
+    transform = make(True, True, True, learned=True)[0].float()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        transform.zero_grad()
+        x = random(64, A * B).to(torch.bfloat16).to(dtype).requires_grad_()
+        transform(x).float().square().sum().backward()
+        assert x.grad is not None and x.grad.dtype == dtype
+        found[dtype] = [x.grad.float(), *(p.grad for p in transform.parameters() if p.grad is not None)]
+    assert len(found[torch.float32]) == 4
+    for exact, rounded in zip(*found.values(), strict=True):
+        assert rounded.dtype == torch.float32
+        assert float((rounded - exact).norm() / exact.norm()) < 2**-6
+
+
+def test_the_product_keeps_its_input_only() -> None:
+    transform, x, kept = make(True, True, True, learned=True)[0], random(6, A * B).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        transform(x)
+    pointers = {tensor.data_ptr() for tensor in (x, *transform.parameters())}
+    assert kept and {tensor.data_ptr() for tensor in kept} <= pointers
+
+
+def test_autocast_changes_nothing() -> None:
+    """Weights transformed in bf16 would not be those of the checkpoint."""
+    transform, w_OI = make(True, True, True, learned=True)[0].float(), random(NUM_OUT, A * B, seed=9).float()
+    results = []
+    for enabled in (False, True):
+        transform.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out_OI = transform(transform.inverse_transposed(w_OI) ** 2)
+            out_OI.sum().backward()
+        results.append([out_OI, *(parameter.grad for parameter in transform.parameters())])
+    for plain, autocast in zip(*results, strict=True):
+        assert plain.dtype == autocast.dtype == torch.float32 and torch.equal(plain, autocast)
 
 
 def test_a_basis_takes_inputs_in_turn_and_the_output_with_the_bias() -> None:

@@ -1,4 +1,4 @@
-"""Quantize with this repository's `ptq_init` stage: reasoning_qat.py MODEL TOKENS OUTPUT CONFIG.
+"""Quantize with this repository's `ptq_init` stage: run_reasoning_qat.py MODEL TOKENS OUTPUT CONFIG.
 
 CONFIG is a PTQInitConfig as JSON.
 """

@@ -1,4 +1,4 @@
-"""GPTQ at W3G64, asymmetric: this repository beside llm-compressor and gptqmodel.
+"""GPTQ and AWQ at W3G64, asymmetric: this repository beside llm-compressor and gptqmodel.
 
 Every tool gets the same bf16 model and the same calibration tokens, runs in a process of its own on one thread, and
 hands back dequantized bf16 weights, which are compared with the bf16 model on held-out windows of every text.  Run it
@@ -51,15 +51,17 @@ class Tool:
 
 def ours(**config: Any) -> Tool:
     """This repository with a PTQInitConfig of these values."""
-    return Tool("reasoning_qat.py", (json.dumps(config),))
+    return Tool("run_reasoning_qat.py", (json.dumps(config),))
 
 
-OURS = "reasoning-qat GPTQ"
+OURS = "reasoning-qat"
 TOOLS = {
-    "reasoning-qat RTN": ours(scheme="W3G64", method="rtn", symmetric=False),
-    OURS: ours(scheme="W3G64", method="gptq", symmetric=False),
-    "llm-compressor GPTQ": Tool("llmcompressor_gptq.py", environment="llmcompressor"),
-    "gptqmodel GPTQ": Tool("gptqmodel_gptq.py", environment="gptqmodel"),
+    f"{OURS} RTN": ours(scheme="W3G64", method="rtn", symmetric=False),
+    f"{OURS} GPTQ": ours(scheme="W3G64", method="gptq", symmetric=False),
+    "llm-compressor GPTQ": Tool("run_llmcompressor.py", ("gptq",), environment="llmcompressor"),
+    "gptqmodel GPTQ": Tool("run_gptqmodel.py", environment="gptqmodel"),
+    f"{OURS} AWQ": ours(scheme="W3G64", method="awq", symmetric=False),
+    "llm-compressor AWQ": Tool("run_llmcompressor.py", ("awq",), environment="llmcompressor"),
 }
 
 
@@ -81,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     texts = {path.parent.name: path for path in arguments.text}
     data = {name: windows(arguments.model, path, NUM_CALIBRATION, NUM_TEST, LENGTH) for name, path in texts.items()}
-    interpreters = {name: tool.interpreter(arguments.peers) for name, tool in TOOLS.items()}
+    interpreters = {name: TOOLS[name].interpreter(arguments.peers) for name in arguments.tools}
     runs = []
     with tempfile.TemporaryDirectory() as work:
         for text, (calibration_NT, _) in data.items():
@@ -101,6 +103,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="bf16 Hugging Face folder")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help=".txt or .jsonl, gzipped or not; its name "
                         "in the table is that of its folder")  # fmt: skip
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), metavar="TOOL",
+                        help=f"any of: {', '.join(map(repr, TOOLS))}")  # fmt: skip
     parser.add_argument("--peers", type=Path, help="folder of the virtual environments llmcompressor and gptqmodel")
     return parser.parse_args()
 
@@ -132,16 +136,22 @@ def _table(runs: list[Run]) -> str:
     header = ["tool", "calibrated on", "CPU s", "of it quantizing", "CPU s / ours", "peak MB"]
     header += [f"KL {test}" for test in tests] + [f"perplexity {test}" for test in tests]
     rows = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
-    ours = {run.calibration: run.usage.cpu_s for run in runs if run.tool == OURS}
+    ours = {(run.tool.split()[1], run.calibration): run.usage.cpu_s for run in runs if run.tool.startswith(OURS)}
     for run in runs:
         found = [run.fidelity[test] for test in tests]
         rows.append(
             [run.tool, run.calibration, f"{run.usage.cpu_s:.0f}", f"{run.quantize_cpu_s:.0f}"]
-            + [f"{run.usage.cpu_s / ours[run.calibration]:.2f}", f"{run.usage.peak_mb:.0f}"]
+            + [_ratio(run, ours), f"{run.usage.peak_mb:.0f}"]
             + [f"{row.kl:.3f} ± {row.kl_error:.3f}" for row in found]
             + [f"{row.perplexity:.2f}" for row in found]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _ratio(run: Run, ours: dict[tuple[str, str], float]) -> str:
+    """Its CPU time to ours by the same method, if that was run."""
+    own = ours.get((run.tool.split()[1], run.calibration))
+    return f"{run.usage.cpu_s / own:.2f}" if own else ""
 
 
 if __name__ == "__main__":

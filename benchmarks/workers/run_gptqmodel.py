@@ -1,4 +1,4 @@
-"""Quantize with gptqmodel, in its own environment: gptqmodel_gptq.py MODEL TOKENS OUTPUT.
+"""Quantize with gptqmodel, in its own environment: run_gptqmodel.py MODEL TOKENS OUTPUT.
 
 Asymmetric W3G64 with its default order of columns (group-aware) and its default damping.
 """

@@ -38,8 +38,6 @@ from tasks.training.objectives import KDObjective, SFTObjective
 
 OBJECTIVES = ("sft", "kd")
 BATCH, LENGTH = 4, 512
-WARM_UP_LENGTH = 32
-"""Of one sequence on a CPU, where a whole step would only cost time; a GPU chooses kernels by shape."""
 Quantize = Callable[[PreTrainedModel], None]
 """Gives the model, whose parameters are frozen, the variant's linears with trainable fp32 weights, in place."""
 
@@ -125,14 +123,14 @@ def _measurements(arguments: argparse.Namespace, variants: list[str]) -> Iterato
 
 
 def measure(folder: Path, objective: str, variant: str, device: str) -> Measurement:
-    """Make a student, warm up, take one step."""
+    """Make a student, take one step that compiles the kernels of its shapes, and time a second one."""
     before_mb = _peak_mb(device)
     student = _load(folder, device)
     student.requires_grad_(False)
     VARIANTS[variant](student)
     module = SFTObjective(student) if objective == "sft" else KDObjective(student, _load(folder, device))
-    batch = _random_batch(student, BATCH, LENGTH)
-    _step(module, _random_batch(student, 1, WARM_UP_LENGTH) if device == "cpu" else batch, device)
+    batch = _random_batch(student)
+    _step(module, batch, device)
     student.zero_grad()
     start = _clock(device)
     _step(module, batch, device)
@@ -148,9 +146,9 @@ def _load(folder: Path, device: str) -> PreTrainedModel:
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _random_batch(model: PreTrainedModel, num: int, length: int) -> Batch:
+def _random_batch(model: PreTrainedModel) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    ids_NT = torch.randint(model.config.vocab_size, (num, length), generator=generator, dtype=torch.int32)
+    ids_NT = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=generator, dtype=torch.int32)
     batch = collate([Example(row, ids_T, start=1) for row, ids_T in enumerate(ids_NT)])
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 

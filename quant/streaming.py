@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -133,17 +133,19 @@ class BlockRun:
 
     def _inputs_of(self, linears: Sequence[nn.Module]) -> Iterator[tuple[Batch, Tensor]]:
         """Run every batch up to the first of `linears` and yield what it is given."""
+        reached: list[Tensor] = []
 
         def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _Reached(inputs[0])
+            reached.append(inputs[0])
+            raise _Reached
 
         handles = [linear.register_forward_pre_hook(stop) for linear in linears]
         try:
             for position, batch in enumerate(self.batches):
-                try:
+                # The exception is gone before the input is used: its frames hold the activations of the pass.
+                with suppress(_Reached):
                     self.forward(position)
-                except _Reached as reached:
-                    yield batch, reached.x_BTI
+                yield batch, reached.pop()
         finally:
             for handle in handles:
                 handle.remove()
@@ -208,10 +210,6 @@ class BlockRun:
 
 class _Reached(Exception):
     """Ends a block's forward as soon as the input that is sought has been seen."""
-
-    def __init__(self, x_BTI: Tensor) -> None:
-        super().__init__()
-        self.x_BTI = x_BTI
 
 
 Inputs = Literal["quantized", "full_precision"]

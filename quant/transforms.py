@@ -120,14 +120,13 @@ class _KroneckerProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x_NAB, grad_NAB = (_as_matrices(t, left_AA, right_BB) for t in (_scaled(x, diagonal_I), grads[0]))
             grad_left_AA = grad_right_BB = grad_diagonal_I = None
-            if ctx.needs_input_grad[3]:
-                left_grad_NAB = _left(grad_NAB, None if left_AA is None else left_AA.T)
-                grad_right_BB = (x_NAB.flatten(0, 1).T @ left_grad_NAB.flatten(0, 1)).to(right_BB.dtype)
-            grad_NAB = _right(grad_NAB, None if right_BB is None else right_BB.T)
             if ctx.needs_input_grad[2]:
-                x_AK, grad_AK = (t.transpose(0, 1).flatten(1) for t in (x_NAB, grad_NAB))
+                x_AK, grad_AK = (t.transpose(0, 1).flatten(1) for t in (_right(x_NAB, right_BB), grad_NAB))
                 grad_left_AA = (x_AK @ grad_AK.T).to(left_AA.dtype)
-            grad_x = _left(grad_NAB, None if left_AA is None else left_AA.T).view(x.shape)
+            grad_NAB = _left(grad_NAB, None if left_AA is None else left_AA.T)
+            if ctx.needs_input_grad[3]:
+                grad_right_BB = (x_NAB.flatten(0, 1).T @ grad_NAB.flatten(0, 1)).to(right_BB.dtype)
+            grad_x = _right(grad_NAB, None if right_BB is None else right_BB.T).view(x.shape)
             if ctx.needs_input_grad[1]:
                 rows = tuple(range(x.ndim - 1))
                 grad_diagonal_I = (x * grad_x).sum(rows, dtype=torch.promote_types(x.dtype, torch.float32))

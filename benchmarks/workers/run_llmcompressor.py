@@ -17,6 +17,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,6 +46,8 @@ def main(model_folder: Path, tokens: Path, output: Path, method: str) -> None:
 
 def _recipe(method: str) -> list[Any]:
     scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}, "ignore": ["lm_head"]}
+    # Version 0.14.0 pins memory in AWQ's search, which fails where there is no accelerator.
+    IntermediatesCache.pin_memory = lambda *_: None
     if method == "gptq":
         return [GPTQModifier(**scheme, actorder="static", dampening_frac=0.01)]
     return [AWQModifier(), QuantizationModifier(**scheme)]

@@ -60,6 +60,13 @@ class AWQOptions:
         if self.search_tokens < 1:
             raise ValueError(f"search_tokens must be at least 1, not {self.search_tokens}; usual is 2048")
 
+    def check(self, scheme: Scheme) -> None:
+        """Raise ValueError for a scheme that quantizes activations or the cache: the search would not see it."""
+        if not scheme.weight_only:
+            raise ValueError(
+                f"awq quantizes weights only, and {scheme.name} more: choose method 'gptq', 'quarot' or 'flatquant'"
+            )
+
 
 class InputStatistics:
     """Means over the tokens that count: |x|, and within each of `num_groups` groups of input features x x^T."""

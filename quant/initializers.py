@@ -49,7 +49,7 @@ def initializer(name: str) -> Method[Any]:
 METHODS: dict[str, Method[Any]] = {
     "rtn": Method(RTNOptions, rtn_blocks),
     "gptq": Method(GPTQOptions, gptq_blocks, check=GPTQOptions.check),
-    "awq": Method(AWQOptions, awq_blocks),
+    "awq": Method(AWQOptions, awq_blocks, check=AWQOptions.check),
     "quarot": Method(QuaRotOptions, quarot_blocks, check=QuaRotOptions.check),
     "flatquant": Method(FlatQuantOptions, flatquant_blocks, check=FlatQuantOptions.check),
 }

@@ -56,6 +56,8 @@ class GRPOTrainConfig(StudentConfig, RolloutConfig):
     engine: Literal["transformers", "vllm"] = "transformers"
     engine_batch_size: int = Field(default=256, gt=0)
     """Most sequences that the transformers engine decodes together."""
+    gpu_memory_utilization: float = Field(default=0.3, gt=0, le=1)
+    """Share of a GPU for vLLM's weights and cache; the trainer needs the rest."""
     reward: Literal["math", "code"] = "math"
     """code: `rl_data` holds tests, as the data set of the benchmark livecodebench_v4_v5 does."""
     unsafe_code: bool = False
@@ -144,7 +146,10 @@ def _engine(
     if config.engine == "vllm":
         length = config.max_prompt_length + config.max_new_tokens
         limit = min(length, model.config.max_position_embeddings)
-        engine = open_engine("vllm", student, device=device, max_model_len=limit, seed=config.seed)
+        engine = open_engine(
+            "vllm", student, device=device, max_model_len=limit, seed=config.seed,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+        )  # fmt: skip
     else:
         engine = TransformersEngine(model, int(tokenizer.pad_token_id or 0), batch_size=config.engine_batch_size)
     try:

@@ -331,3 +331,11 @@ def test_bad_input_is_refused_with_the_remedy():
     for options in ({"num_ratios": 0}, {"search_tokens": 0}):
         with pytest.raises(ValueError, match="usual is"):
             AWQOptions(**options)
+
+
+def test_schemes_whose_activations_the_search_would_not_see_are_refused() -> None:
+    method = initializer("awq")
+    method.check(method.options(), Scheme.parse("W2G64"))
+    for name in ("W4A4KV4", "W4A8", "W4KV4"):
+        with pytest.raises(ValueError, match=r"awq quantizes weights only, and .* choose method 'gptq'"):
+            method.check(method.options(), Scheme.parse(name))

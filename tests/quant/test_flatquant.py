@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from quant.activations import Keep, in_memory, on_disk
 from quant.flatquant import flatquant_blocks, initial_sites, learnable
 from quant.flatquant_training import FlatQuantOptions, float_copy, observe
-from quant.linear import prepare
+from quant.linear import prepare, quantized_linears
 from quant.scheme import Scheme
 from quant.sites import (
     DOWN_SCALE,
@@ -167,6 +167,19 @@ def test_training_goes_on_from_the_models_own_weights_norms_and_biases() -> None
         ends = {"left": 4, "right": 5, "diagonal": 3, "logits": 6}
         assert {end: sum(name.endswith(f".{end}") for name in learned) for end in ends} == ends
         assert len(learned) == sum(ends.values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_students_weights_are_the_checkpoints_under_autocast_too(architecture: str) -> None:
+    model = tiny_model(architecture)
+    run = BlockRun(MemoryStream(model).load(0), batches_of(model), 0)
+    block = learnable(run.block, W4A4KV4, initial_sites(run.block, W4A4KV4, observe(run)[1], OPTIONS.seed))
+    for _, linear in quantized_linears(block):
+        with torch.no_grad():
+            of_checkpoint = linear.rounded_weight(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            of_student = linear.rounded_weight(torch.float32)
+        assert of_student.requires_grad and torch.equal(of_student, of_checkpoint)
 
 
 def test_initial_sites() -> None:

@@ -77,6 +77,8 @@ class BranchConfig(StageConfig):
             raise ValueError("test_data is missing: evaluate reads it; or name benchmarks")
         if len(set(self.benchmarks)) < len(self.benchmarks):
             raise ValueError(f"benchmarks {', '.join(self.benchmarks)} repeat: name each once")
+        if self.evaluate is not None and self.test_data is not None and self.evaluate.name in self.benchmarks:
+            raise ValueError(f"evaluate.name {self.evaluate.name!r} is also a benchmark's: give test_data another name")
         return self
 
 

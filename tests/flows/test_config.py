@@ -92,6 +92,9 @@ def test_a_branch_lacks_nothing_that_its_stages_need() -> None:
         BranchConfig.model_validate({**kd.model_dump(), "test_data": None})
     with pytest.raises(ValidationError, match="evaluate is missing: the benchmarks"):
         BranchConfig.model_validate({**kd.model_dump(), "evaluate": None, "benchmarks": ["gsm8k"]})
+    named_alike = kd.evaluate.model_copy(update={"name": "gsm8k"}).model_dump() if kd.evaluate else {}
+    with pytest.raises(ValidationError, match="'gsm8k' is also a benchmark's"):
+        BranchConfig.model_validate({**kd.model_dump(), "evaluate": named_alike, "benchmarks": ["gsm8k"]})
 
 
 def test_comparisons_name_branches() -> None:

@@ -71,28 +71,31 @@ def windows(model: Path, text: Path, num_calibration: int, num_test: int, length
 
 
 def run_measured(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Usage:
-    """Run a child process to its end, its output in `log`; RuntimeError with the end of the log if it fails."""
+    """Run a child process to its end, its output in `log`; RuntimeError with the end of the log if it fails.
+
+    What it takes in its last POLL_SECONDS only may be missing from its peak.
+    """
     with log.open("wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
-        peak_kib, ended = 0, 0
+        peak, ended = 0.0, 0
         while not ended:
-            peak_kib = max(peak_kib, _peak_kib(child.pid))
+            peak = max(peak, peak_mb(child.pid))
             ended, status, usage = os.wait4(child.pid, os.WNOHANG)
             time.sleep(POLL_SECONDS)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         end = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)} exited with {child.returncode}:\n{end}")
-    return Usage(usage.ru_utime + usage.ru_stime, peak_kib * 1024 / 1e6)
+    return Usage(usage.ru_utime + usage.ru_stime, peak)
 
 
-def _peak_kib(process: int) -> int:
-    """Largest resident set so far of a running process; 0 once it has ended.
+def peak_mb(process: int) -> float:
+    """Largest resident set so far of a running process, 10^6 bytes; 0 once it has ended.
 
     Not ru_maxrss, which Linux hands on from the process that starts another: it is never below the benchmark's own.
     """
     with open(f"/proc/{process}/status") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), 0)
+        return next((int(line.split()[1]) * 1024 / 1e6 for line in file if line.startswith("VmHWM")), 0.0)
 
 
 def load_model(folder: Path, weights: Path | None = None) -> nn.Module:

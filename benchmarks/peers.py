@@ -36,6 +36,7 @@ ENVIRONMENT = {
 class Tool:
     """How one tool is run."""
 
+    method: str
     worker: str
     arguments: tuple[str, ...] = ()
     environment: str | None = None
@@ -51,17 +52,17 @@ class Tool:
 
 def ours(**config: Any) -> Tool:
     """This repository with a PTQInitConfig of these values."""
-    return Tool("run_reasoning_qat.py", (json.dumps(config),))
+    return Tool(config["method"], "run_reasoning_qat.py", (json.dumps(config),))
 
 
 OURS = "reasoning-qat"
 TOOLS = {
     f"{OURS} RTN": ours(scheme="W3G64", method="rtn", symmetric=False),
     f"{OURS} GPTQ": ours(scheme="W3G64", method="gptq", symmetric=False),
-    "llm-compressor GPTQ": Tool("run_llmcompressor.py", ("gptq",), environment="llmcompressor"),
-    "gptqmodel GPTQ": Tool("run_gptqmodel.py", environment="gptqmodel"),
+    "llm-compressor GPTQ": Tool("gptq", "run_llmcompressor.py", ("gptq",), environment="llmcompressor"),
+    "gptqmodel GPTQ": Tool("gptq", "run_gptqmodel.py", environment="gptqmodel"),
     f"{OURS} AWQ": ours(scheme="W3G64", method="awq", symmetric=False),
-    "llm-compressor AWQ": Tool("run_llmcompressor.py", ("awq",), environment="llmcompressor"),
+    "llm-compressor AWQ": Tool("awq", "run_llmcompressor.py", ("awq",), environment="llmcompressor"),
 }
 
 
@@ -136,21 +137,26 @@ def _table(runs: list[Run]) -> str:
     header = ["tool", "calibrated on", "CPU s", "of it quantizing", "CPU s / ours", "peak MB"]
     header += [f"KL {test}" for test in tests] + [f"perplexity {test}" for test in tests]
     rows = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
-    ours = {(run.tool.split()[1], run.calibration): run.usage.cpu_s for run in runs if run.tool.startswith(OURS)}
+    own_cpu_s = {_setting(run): run.usage.cpu_s for run in runs if run.tool.startswith(OURS)}
     for run in runs:
         found = [run.fidelity[test] for test in tests]
         rows.append(
             [run.tool, run.calibration, f"{run.usage.cpu_s:.0f}", f"{run.quantize_cpu_s:.0f}"]
-            + [_ratio(run, ours), f"{run.usage.peak_mb:.0f}"]
+            + [_ratio(run, own_cpu_s), f"{run.usage.peak_mb:.0f}"]
             + [f"{row.kl:.3f} ± {row.kl_error:.3f}" for row in found]
             + [f"{row.perplexity:.2f}" for row in found]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _ratio(run: Run, ours: dict[tuple[str, str], float]) -> str:
+def _setting(run: Run) -> tuple[str, str]:
+    """What runs have in common whose times are compared: method and calibration text."""
+    return TOOLS[run.tool].method, run.calibration
+
+
+def _ratio(run: Run, own_cpu_s: dict[tuple[str, str], float]) -> str:
     """Its CPU time to ours by the same method, if that was run."""
-    own = ours.get((run.tool.split()[1], run.calibration))
+    own = own_cpu_s.get(_setting(run))
     return f"{run.usage.cpu_s / own:.2f}" if own else ""
 
 

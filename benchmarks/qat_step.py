@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from benchmarks.common import peak_mb
 from quant.flatquant import initial_sites, learnable
 from quant.linear import ScaleMode, prepare
 from quant.scheme import Scheme
@@ -168,7 +169,7 @@ def _clock(device: str) -> float:
 
 def _peak_mb(device: str) -> float:
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+        return peak_mb(os.getpid())
     return torch.cuda.max_memory_allocated() / 1e6
 
 

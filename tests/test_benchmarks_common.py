@@ -65,7 +65,7 @@ def test_json_lines_are_joined(tmp_path):
 
 
 def test_a_child_is_measured_and_its_failure_told(tmp_path):
-    work = "sum(range(10**7)); held = bytearray(10**8)"
+    work = "held = bytearray(10**8); sum(range(3 * 10**7))"  # held for longer than the measurement looks away
     usage = run_measured([sys.executable, "-c", work], tmp_path / "log", {})
     assert usage.cpu_s > 0.05
     assert 100 < usage.peak_mb < 1000

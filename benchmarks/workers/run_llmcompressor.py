@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -46,10 +47,10 @@ def main(model_folder: Path, tokens: Path, output: Path, method: str) -> None:
 
 def _recipe(method: str) -> list[Any]:
     scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}}, "ignore": ["lm_head"]}
-    # Version 0.14.0 pins memory in AWQ's search, which fails where there is no accelerator.
-    IntermediatesCache.pin_memory = lambda *_: None
     if method == "gptq":
         return [GPTQModifier(**scheme, actorder="static", dampening_frac=0.01)]
+    # Version 0.14.0 pins memory in AWQ's search, which fails where there is no accelerator.
+    IntermediatesCache.pin_memory = lambda *_: None
     return [AWQModifier(), QuantizationModifier(**scheme)]
 
 
@@ -65,8 +66,6 @@ def _weights(model: torch.nn.Module, method: str) -> dict[str, torch.Tensor]:
 
 
 def _rounded(module: torch.nn.Module) -> torch.Tensor:
-    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-
     return fake_quantize(
         module.weight, module.weight_scale, module.weight_zero_point, module.quantization_scheme.weights
     )

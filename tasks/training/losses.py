@@ -22,16 +22,20 @@ ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """(logits_CV, which tokens) -> (loss_C, statistics by name, each [C] and outside the graph)."""
 Direction = Literal["forward", "reverse"]
 
-MAX_CHUNK_ELEMENTS = 2**25
+CHUNK_ELEMENTS_ACCELERATOR = 2**25
 """Elements of a chunk's logits: 128 MiB in fp32, 220 tokens of a vocabulary of 151,936."""
+CHUNK_ELEMENTS_CPU = 2**23
+"""32 MiB in fp32: glibc returns larger buffers to the kernel each time, and page faults then take two thirds of the
+time of the loss (measured at 49,152 entries; benchmarks/README.md)."""
 
 MIN_TAIL = 1e-7
 """Least teacher probability of all uncached entries together: below it 1 - sum is rounding noise in fp32."""
 
 
-def chunk_size(num_entries: int) -> int:
-    """Tokens per chunk for a vocabulary of `num_entries`."""
-    return max(1, MAX_CHUNK_ELEMENTS // num_entries)
+def chunk_size(weight_VH: Tensor) -> int:
+    """Tokens per chunk for this head."""
+    limit = CHUNK_ELEMENTS_CPU if weight_VH.device.type == "cpu" else CHUNK_ELEMENTS_ACCELERATOR
+    return max(1, limit // len(weight_VH))
 
 
 def head_logits(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def head_loss(
     hidden_NH: Tensor, weight_VH: Tensor, chunk_loss: ChunkLoss, chunk: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over the tokens of `chunk_loss`, and its statistics [N]; differentiable in `hidden_NH` and `weight_VH`."""
-    size = chunk or chunk_size(weight_VH.shape[0])
+    size = chunk or chunk_size(weight_VH)
     dtype = _compute_dtype(hidden_NH)
     needs_grad = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
     work = _Work(hidden_NH.detach(), weight_VH.detach(), dtype, needs_grad, needs_grad and weight_VH.requires_grad)

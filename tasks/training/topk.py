@@ -37,7 +37,7 @@ def top_k(model: PreTrainedModel, batch: Batch, k: int, temperature: float) -> t
     hidden_NH, weight_VH = predicting_states(model, batch), head_weight(model)
     parts = [
         torch.log_softmax(head_logits(chunk_CH, weight_VH) / temperature, -1).topk(k, dim=-1)
-        for chunk_CH in hidden_NH.split(chunk_size(weight_VH.shape[0]))
+        for chunk_CH in hidden_NH.split(chunk_size(weight_VH))
     ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 

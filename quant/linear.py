@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from quant.affine import CHECKPOINT_DTYPE, LinearState, fake_quantize, grouped, minmax_grid, snap_grid
-from quant.dynamic import DynamicGrid, dynamic_fake_quantize, dynamic_grid
+from quant.dynamic import DynamicGrid, dynamic_gradients, dynamic_grid, dynamic_values
 from quant.rtn import rtn
 from quant.scheme import Scheme
 from quant.sites import INPUT_QUANTIZER, Clip, InputQuantizer, LayerSites, attach, attach_input
@@ -50,7 +50,9 @@ class QuantLinear(nn.Module):
         basis: WeightBasis | None = None,
     ) -> None:
         super().__init__()
-        if (basis is not None or state.clip is not None) and scale_mode != "recomputed":
+        if basis is not None and state.clip is None:
+            raise ValueError("learned transforms come with learned clips of the weights, and this state has none")
+        if state.clip is not None and scale_mode != "recomputed":
             raise ValueError(
                 f"scale_mode {scale_mode!r} does not go with learned transforms or clips, whose grid follows from "
                 "them: set scale_mode='recomputed'"
@@ -95,55 +97,63 @@ class QuantLinear(nn.Module):
                 f"latent weights became {self.weight.dtype}; they must stay float32, or updates get lost: "
                 "move the prepared model with .to(device) only, and use autocast for bf16 computation"
             )
-        if self.basis is None and self.weight_clip is None:
-            return self._rounded_on_grid(self.weight, dtype)
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            # Backward computes the transformed weights again: kept, they would double the memory of the weights.
-            return checkpoint(self._rounded_in_basis, dtype, use_reentrant=False, preserve_rng_state=False)
-        return self._rounded_in_basis(dtype)
-
-    def _rounded_in_basis(self, dtype: torch.dtype) -> Tensor:
-        weight_OI = self.weight_in_basis()
-        if self.weight_clip is None:
-            return self._rounded_on_grid(weight_OI, dtype)
-        rounded_OGK = dynamic_fake_quantize(grouped(weight_OI, self.scheme), self._clipped_grid(), self.weight_clip())
-        return _CheckpointRounding.apply(rounded_OGK.view_as(weight_OI), dtype)
-
-    def _rounded_on_grid(self, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.weight_clip is not None:
+            return _RoundedInBasis.apply(self, dtype, *self._parameters_of_weights(self.weight_clip))
         scale_OG, zero_OG = self.scale, self.zero
         if scale_OG is None or zero_OG is None:
-            scale_OG, zero_OG = _minmax(weight_OI, self.scheme)
-        return fake_quantize(weight_OI, scale_OG, zero_OG, self.scheme, dtype)
+            scale_OG, zero_OG = _minmax(self.weight, self.scheme)
+        return fake_quantize(self.weight, scale_OG, zero_OG, self.scheme, dtype)
 
-    def _clipped_grid(self) -> DynamicGrid:
+    def _parameters_of_weights(self, clip: Clip) -> list[Tensor]:
+        """Weights, clips and transforms, all that `rounded_weight` depends on."""
+        modules = (clip, *(() if self.basis is None else self.basis.transforms))
+        return [self.weight, *(parameter for module in modules for parameter in module.parameters())]
+
+    def clipped_groups(self) -> tuple[Tensor, DynamicGrid, Tensor]:
+        """The transformed weights [O, G, K], their grid, and the factors [O, G, 2] of their range."""
+        assert self.weight_clip is not None, "asked for where ranges are clipped"
         scheme = self.scheme
-        return DynamicGrid(scheme.bits, scheme.symmetric, clamp=True, scale_dtype=scheme.torch_scale_dtype)
+        grid = DynamicGrid(scheme.bits, scheme.symmetric, clamp=True, scale_dtype=scheme.torch_scale_dtype)
+        return grouped(self.weight_in_basis(), scheme), grid, self.weight_clip()
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:
         """(scale_OG, zero_OG) that the forward pass uses now, as stored, detached."""
         if self.scale is not None and self.zero is not None:
             return snap_grid(self.scale, self.zero, self.scheme)
-        weight_OI = self.weight_in_basis()
         if self.weight_clip is None:
-            return _minmax(weight_OI, self.scheme)
-        grid_OG1 = dynamic_grid(grouped(weight_OI, self.scheme), self._clipped_grid(), self.weight_clip())
-        return grid_OG1[0].squeeze(-1), grid_OG1[1].squeeze(-1)
+            return _minmax(self.weight, self.scheme)
+        scale_OG1, zero_OG1 = dynamic_grid(*self.clipped_groups())
+        return scale_OG1.squeeze(-1), zero_OG1.squeeze(-1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, scale_mode={self.scale_mode!r}"
 
 
-class _CheckpointRounding(torch.autograd.Function):
-    """To the checkpoint's dtype and on to the one computed in; the gradient is not rounded to the former."""
+class _RoundedInBasis(torch.autograd.Function):
+    """The rounded weights of a linear with clips, and with transforms if it has a basis.
+
+    Keeps parameters only, and computes the transformed weights again in backward: kept, they would double the memory
+    of the weights. `parameters` are all that the result depends on.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        return weight_OI.to(CHECKPOINT_DTYPE).to(dtype)
+    def forward(ctx: Any, linear: QuantLinear, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(*parameters)
+        return dynamic_values(*linear.clipped_groups(), CHECKPOINT_DTYPE, dtype).view_as(linear.weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].float(), None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs, parameters = ctx.needs_input_grad[2:], ctx.saved_tensors
+        with torch.enable_grad():
+            weight_OGK, grid, factors = ctx.linear.clipped_groups()
+        found = zip((weight_OGK, factors), dynamic_gradients(weight_OGK, grid, factors, grads[0]), strict=True)
+        outputs, output_gradients = zip(*(pair for pair in found if pair[0].requires_grad), strict=True)
+        wanted = [parameter for parameter, needed in zip(parameters, needs, strict=True) if needed]
+        gradients = iter(torch.autograd.grad(outputs, wanted, output_gradients))
+        return None, None, *(next(gradients) if needed else None for needed in needs)
 
 
 def prepare(
@@ -237,8 +247,7 @@ def _learned_basis(name: str, sites: Mapping[str, LayerSites]) -> WeightBasis | 
     if layer is None:
         return None
     basis = sites[layer].weight_basis(name.removeprefix(f"{layer}."))
-    parts = [*basis.inputs, *([] if basis.output is None else [basis.output])]
-    return basis if any(part.learned for part in parts) else None
+    return basis if any(transform.learned for transform in basis.transforms) else None
 
 
 @torch.no_grad()

@@ -9,12 +9,15 @@ Dimensions: I = A * B input features, seen as a matrix of A rows and B columns; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from quant.chunks import row_chunks
 
 
 class KroneckerTransform(nn.Module):
@@ -100,8 +103,8 @@ def _product(x: Tensor, diagonal_I: Tensor | None, left_AA: Tensor | None, right
 class _KroneckerProduct(torch.autograd.Function):
     """With x * diagonal as N matrices X of A rows and B columns: left^T X right, for at least one factor.
 
-    Keeps its input alone, where autograd would keep one more copy of it for each part. The right factor is one product
-    of matrices; the left one a batch of them, which needs no transposed copies (on a CPU half the time, measured).
+    Keeps its input alone, where autograd would keep one more copy of it for each part, and works on a few rows at a
+    time: on a CPU the time is that of the passes through memory and of fresh memory for their results (measured).
     """
 
     @staticmethod
@@ -109,53 +112,92 @@ class _KroneckerProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, diagonal_I: Tensor | None, left_AA: Tensor | None, right_BB: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, diagonal_I, left_AA, right_BB)
+        x_NI = x.reshape(-1, x.shape[-1])
+        out_NI = x.new_empty(x_NI.shape)
         with torch.autocast(x.device.type, enabled=False):
-            x_NAB = _as_matrices(_scaled(x, diagonal_I), left_AA, right_BB)
-            return _left(_right(x_NAB, right_BB), left_AA).view(x.shape)
+            factors = _Factors(left_AA, right_BB, x)
+            for rows in _chunks(x_NI):
+                factors.multiply(_scaled(x_NI[rows], diagonal_I), out_NI[rows])
+        return out_NI.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, diagonal_I, left_AA, right_BB = ctx.saved_tensors
+        x_NI, grad_NI = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, grads[0]))
+        grad_x_NI = x.new_empty(x_NI.shape)
+        needed = [*zip((diagonal_I, left_AA, right_BB), ctx.needs_input_grad[1:], strict=True)]
+        sums = [_accumulator(part, x.dtype) if needs else None for part, needs in needed]
         with torch.autocast(x.device.type, enabled=False):
-            x_NAB, grad_NAB = (_as_matrices(t, left_AA, right_BB) for t in (_scaled(x, diagonal_I), grads[0]))
-            grad_left_AA = grad_right_BB = grad_diagonal_I = None
-            if ctx.needs_input_grad[2]:
-                x_AK, grad_AK = (t.transpose(0, 1).flatten(1) for t in (_right(x_NAB, right_BB), grad_NAB))
-                grad_left_AA = (x_AK @ grad_AK.T).to(left_AA.dtype)
-            grad_NAB = _left(grad_NAB, None if left_AA is None else left_AA.T)
-            if ctx.needs_input_grad[3]:
-                grad_right_BB = (x_NAB.flatten(0, 1).T @ grad_NAB.flatten(0, 1)).to(right_BB.dtype)
-            grad_x = _right(grad_NAB, None if right_BB is None else right_BB.T).view(x.shape)
-            if ctx.needs_input_grad[1]:
-                rows = tuple(range(x.ndim - 1))
-                grad_diagonal_I = (x * grad_x).sum(rows, dtype=torch.promote_types(x.dtype, torch.float32))
-                grad_diagonal_I = grad_diagonal_I.to(diagonal_I.dtype)
-            return _scaled(grad_x, diagonal_I), grad_diagonal_I, grad_left_AA, grad_right_BB
+            factors = _Factors(left_AA, right_BB, x)
+            for rows in _chunks(x_NI):
+                out_NI = grad_x_NI[rows]
+                factors.gradients(_scaled(x_NI[rows], diagonal_I), grad_NI[rows], out_NI, sums[1], sums[2])
+                if sums[0] is not None:
+                    sums[0] += (x_NI[rows] * out_NI).sum(0, dtype=sums[0].dtype)
+                if diagonal_I is not None:
+                    out_NI.mul_(diagonal_I.to(x.dtype))
+        parts = (None if total is None else total.to(part.dtype) for (part, _), total in zip(needed, sums, strict=True))
+        return grad_x_NI.view(x.shape), *parts
+
+
+class _Factors:
+    """left and right in the dtype of x. The right one is a product of matrices; the left one a batch of them, which
+    needs no transposed copies (on a CPU half the time, measured)."""
+
+    def __init__(self, left_AA: Tensor | None, right_BB: Tensor | None, x: Tensor) -> None:
+        num_columns = right_BB.shape[0] if right_BB is not None else x.shape[-1] // len(left_AA)  # type: ignore[arg-type]
+        self.shape = (-1, x.shape[-1] // num_columns, num_columns)
+        self.left_AA = None if left_AA is None else left_AA.to(x.dtype)
+        self.left_transposed_AA = None if self.left_AA is None else self.left_AA.T.contiguous()
+        self.right_BB = None if right_BB is None else right_BB.to(x.dtype)
+
+    def multiply(self, x_NI: Tensor, out_NI: Tensor) -> None:
+        """out = x (left kron right)."""
+        x_NAB, out_NAB = x_NI.reshape(self.shape), out_NI.view(self.shape)
+        if self.left_transposed_AA is None:
+            _times_right(x_NAB, self.right_BB, out_NAB)
+        else:
+            _left_times(self.left_transposed_AA, _times_right(x_NAB, self.right_BB), out_NAB)
+
+    def gradients(
+        self, x_NI: Tensor, grad_NI: Tensor, grad_x_NI: Tensor, left_sum: Tensor | None, right_sum: Tensor | None
+    ) -> None:
+        """grad_x = grad (left kron right)^T; the gradients of the factors are added to the sums."""
+        x_NAB, grad_NAB, out_NAB = x_NI.reshape(self.shape), grad_NI.reshape(self.shape), grad_x_NI.view(self.shape)
+        if left_sum is not None:
+            x_AK, grad_AK = (t.transpose(0, 1).flatten(1) for t in (_times_right(x_NAB, self.right_BB), grad_NAB))
+            left_sum += x_AK @ grad_AK.T
+        if self.right_BB is None:
+            _left_times(self.left_AA, grad_NAB, out_NAB)
+            return
+        grad_NAB = _left_times(self.left_AA, grad_NAB)
+        if right_sum is not None:
+            right_sum += x_NAB.flatten(0, 1).T @ grad_NAB.flatten(0, 1)
+        _times_right(grad_NAB, self.right_BB.T, out_NAB)
 
 
 def _scaled(x: Tensor, diagonal_I: Tensor | None) -> Tensor:
     return x if diagonal_I is None else x * diagonal_I.to(x.dtype)
 
 
-def _as_matrices(x: Tensor, left_AA: Tensor | None, right_BB: Tensor | None) -> Tensor:
-    """x[..., A * B] as [N, A, B]."""
-    num_columns = right_BB.shape[0] if right_BB is not None else x.shape[-1] // len(left_AA)  # type: ignore[arg-type]
-    return x.reshape(-1, x.shape[-1] // num_columns, num_columns)
+def _chunks(x_NI: Tensor) -> Iterator[slice]:
+    return row_chunks(len(x_NI), x_NI.shape[-1] * x_NI.element_size(), x_NI.device)
 
 
-def _right(x_NAB: Tensor, right_BB: Tensor | None) -> Tensor:
+def _accumulator(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(part, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _times_right(x_NAB: Tensor, right_BB: Tensor | None, out_NAB: Tensor | None = None) -> Tensor:
     if right_BB is None:
         return x_NAB
-    return (x_NAB.flatten(0, 1) @ right_BB.to(x_NAB.dtype)).view(x_NAB.shape)
+    out = None if out_NAB is None else out_NAB.flatten(0, 1)
+    return torch.mm(x_NAB.flatten(0, 1), right_BB, out=out).view(x_NAB.shape)
 
 
-def _left(x_NAB: Tensor, left_AA: Tensor | None) -> Tensor:
-    """left^T X for each of the matrices."""
-    if left_AA is None:
-        return x_NAB
-    transposed_AA = left_AA.T.to(x_NAB.dtype).contiguous()
-    return torch.bmm(transposed_AA.expand(len(x_NAB), -1, -1), x_NAB)
+def _left_times(left_AA: Tensor | None, x_NAB: Tensor, out_NAB: Tensor | None = None) -> Tensor:
+    return x_NAB if left_AA is None else torch.bmm(left_AA.expand(len(x_NAB), -1, -1), x_NAB, out=out_NAB)
 
 
 @dataclass(frozen=True)
@@ -164,6 +206,10 @@ class WeightBasis:
 
     inputs: tuple[KroneckerTransform, ...] = ()
     output: KroneckerTransform | None = None
+
+    @property
+    def transforms(self) -> tuple[KroneckerTransform, ...]:
+        return self.inputs if self.output is None else (*self.inputs, self.output)
 
     def weight(self, w_OI: Tensor) -> Tensor:
         for transform in self.inputs:

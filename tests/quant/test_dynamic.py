@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import dynamic
+from quant import chunks
 from quant.dynamic import DynamicGrid, dynamic_fake_quantize, dynamic_grid
 
 GRIDS = {
@@ -113,8 +113,8 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, grid = rows(40), DynamicGrid(4)
     factors = factors_of("per row", x)
     gradients, values = [], []
-    for limit in (2**17, 48):
-        monkeypatch.setattr(dynamic, "CHUNK_CPU", limit)
+    for limit in (2**19, 400):
+        monkeypatch.setattr(chunks, "CHUNK_BYTES_CPU", limit)
         leaves = x.clone().requires_grad_(), factors.clone().requires_grad_()
         out = dynamic_fake_quantize(*(leaves[0], grid, leaves[1]))
         out.square().sum().backward()

@@ -275,3 +275,35 @@ def test_a_quantizer_takes_the_place_of_the_one_before() -> None:
     angles = torch.arange(6)[:, None] * torch.ones(HEAD_DIM)
     inputs = {"position_embeddings": (angles.cos()[None], angles.sin()[None])}
     assert torch.equal(layer(x_BTH, **inputs), once(x_BTH, **inputs))
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_rounding_the_weights_keeps_parameters_only(name: str) -> None:
+    """Transformed weights kept for the backward pass would double the memory of the weights."""
+    layer, kept = quantized_layer("qwen2")[0], []
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, QuantLinear)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        assert linear.rounded_weight(torch.bfloat16).grad_fn is not None
+    pointers = {parameter.data_ptr() for parameter in layer.parameters()}
+    assert kept and {tensor.data_ptr() for tensor in kept} <= pointers
+
+
+def test_learned_transforms_ask_for_weight_clips() -> None:
+    model = nn.ModuleDict({"layer": tiny_model("qwen2", torch.float32).model.layers[0]})
+    with pytest.raises(ValueError, match="come with learned clips"):
+        prepare(model, W4A4KV4, None, "recomputed", {"layer": make_sites(3)})
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_frozen_weights_change_no_other_gradient(name: str) -> None:
+    """FlatQuant's calibration learns transforms and clips alone."""
+    found = []
+    for learns_weights in (True, False):
+        linear = quantized_layer("qwen2")[0].get_submodule(name)
+        assert isinstance(linear, QuantLinear) and linear.basis is not None and linear.weight_clip is not None
+        linear.weight.requires_grad_(learns_weights)
+        others = [p for module in (*linear.basis.transforms, linear.weight_clip) for p in module.parameters()]
+        rounded_OI = linear.rounded_weight(torch.bfloat16)
+        found.append(torch.autograd.grad(rounded_OI, others, random(*rounded_OI.shape, seed=11).bfloat16()))
+    assert all(torch.equal(*pair) and pair[0].any() for pair in zip(*found, strict=True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant import chunks
 from quant.transforms import KroneckerTransform, WeightBasis, balanced_factors
 
 A, B, NUM_OUT = 3, 4, 5
@@ -128,3 +129,27 @@ def test_condition_number_is_that_of_the_product() -> None:
 )
 def test_balanced_factors(size: int, factors: tuple[int, int]) -> None:
     assert balanced_factors(size) == factors
+
+
+@parts
+def test_the_layout_of_the_input_does_not_matter(left: bool, right: bool, diagonal: bool) -> None:
+    transform, x = make(left, right, diagonal, learned=True)[0], random(A * B, 6)
+    found = []
+    for input_NI in (x.T, x.T.contiguous()):
+        input_NI = input_NI.detach().requires_grad_()
+        out_NI = transform(input_NI)
+        found.append([out_NI, *torch.autograd.grad(out_NI.square().sum(), [input_NI, *transform.parameters()])])
+    for strided, contiguous in zip(*found, strict=True):
+        torch.testing.assert_close(strided, contiguous, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_change_nothing_but_the_last_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform, x = make(True, True, True, learned=True)[0], random(40, A * B)
+    found = []
+    for limit in (2**19, 3 * A * B * x.element_size()):
+        monkeypatch.setattr(chunks, "CHUNK_BYTES_CPU", limit)
+        leaf = x.clone().requires_grad_()
+        out = transform(leaf)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [leaf, *transform.parameters()])])
+    for whole, parted in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parted, rtol=1e-12, atol=1e-12)

@@ -39,6 +39,8 @@ from tasks.training.objectives import KDObjective, SFTObjective
 
 OBJECTIVES = ("sft", "kd")
 BATCH, LENGTH = 4, 512
+WARM_UP_STEPS = 2
+"""The first compiles the kernels of its shapes, and a virtual machine hands out the memory of its peak."""
 Quantize = Callable[[PreTrainedModel], None]
 """Gives the model, whose parameters are frozen, the variant's linears with trainable fp32 weights, in place."""
 
@@ -124,15 +126,16 @@ def _measurements(arguments: argparse.Namespace, variants: list[str]) -> Iterato
 
 
 def measure(folder: Path, objective: str, variant: str, device: str) -> Measurement:
-    """Make a student, take one step that compiles the kernels of its shapes, and time a second one."""
+    """Make a student, and time a step after WARM_UP_STEPS."""
     before_mb = _peak_mb(device)
     student = _load(folder, device)
     student.requires_grad_(False)
     VARIANTS[variant](student)
     module = SFTObjective(student) if objective == "sft" else KDObjective(student, _load(folder, device))
     batch = _random_batch(student)
-    _step(module, batch, device)
-    student.zero_grad()
+    for _ in range(WARM_UP_STEPS):
+        _step(module, batch, device)
+        student.zero_grad()
     start = _clock(device)
     _step(module, batch, device)
     return Measurement(objective, variant, _clock(device) - start, _peak_mb(device) - before_mb)

@@ -39,8 +39,8 @@ from tasks.training.objectives import KDObjective, SFTObjective
 
 OBJECTIVES = ("sft", "kd")
 BATCH, LENGTH = 4, 512
-WARM_UP_STEPS = 2
-"""The first compiles the kernels of its shapes, and a virtual machine hands out the memory of its peak."""
+WARM_UP_STEPS, TIMED_STEPS = 2, 3
+"""The first step compiles the kernels of its shapes, and a virtual machine is given the memory of its peak."""
 Quantize = Callable[[PreTrainedModel], None]
 """Gives the model, whose parameters are frozen, the variant's linears with trainable fp32 weights, in place."""
 
@@ -126,19 +126,15 @@ def _measurements(arguments: argparse.Namespace, variants: list[str]) -> Iterato
 
 
 def measure(folder: Path, objective: str, variant: str, device: str) -> Measurement:
-    """Make a student, and time a step after WARM_UP_STEPS."""
+    """Make a student, warm up, and take the quickest of TIMED_STEPS: what disturbs a step only makes it longer."""
     before_mb = _peak_mb(device)
     student = _load(folder, device)
     student.requires_grad_(False)
     VARIANTS[variant](student)
     module = SFTObjective(student) if objective == "sft" else KDObjective(student, _load(folder, device))
     batch = _random_batch(student)
-    for _ in range(WARM_UP_STEPS):
-        _step(module, batch, device)
-        student.zero_grad()
-    start = _clock(device)
-    _step(module, batch, device)
-    return Measurement(objective, variant, _clock(device) - start, _peak_mb(device) - before_mb)
+    seconds = [_timed_step(module, batch, device) for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
+    return Measurement(objective, variant, min(seconds[WARM_UP_STEPS:]), _peak_mb(device) - before_mb)
 
 
 def _load(folder: Path, device: str) -> PreTrainedModel:
@@ -157,10 +153,13 @@ def _random_batch(model: PreTrainedModel) -> Batch:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _step(objective: nn.Module, batch: Batch, device: str) -> None:
+def _timed_step(objective: nn.Module, batch: Batch, device: str) -> float:
+    objective.zero_grad()
+    start = _clock(device)
     with torch.autocast(device, torch.bfloat16):
         loss, _ = objective(batch)
     (loss / len(batch["targets"])).backward()
+    return _clock(device) - start
 
 
 def _clock(device: str) -> float:

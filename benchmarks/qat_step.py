@@ -1,20 +1,24 @@
 """A training step of a fake-quantized student beside the same step without quantization, and with torchao's QAT.
 
 The step is forward, loss and backward (no optimizer) on 4 x 512 random tokens in bf16 autocast, with this repository's
-losses throughout; the bf16 model is also the teacher of KD.  Every measurement is a process of its own, and the
-variants take turns, so that a change of the machine's load meets all of them.  On a CPU, one thread, seconds are those
-of CPU time and memory is the resident set above that of a process with everything imported; on a GPU, wall time and
-what PyTorch allocated.  Run it from the repository root; README.md beside this file tells how to add torchao.
+losses throughout; the bf16 model is also the teacher of KD.  A variant and the unquantized student live in two
+processes that take steps in turn, so that a change of the machine's load meets both: what counts is the ratio of each
+pair.  On a CPU, one thread, seconds are those of CPU time and memory is the resident set above that of a process with
+everything imported; on a GPU, wall time and what PyTorch allocated.  Run it from the repository root; README.md beside
+this file tells how to add torchao.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -39,19 +43,22 @@ from tasks.training.objectives import KDObjective, SFTObjective
 
 OBJECTIVES = ("sft", "kd")
 BATCH, LENGTH = 4, 512
-WARM_UP_STEPS, TIMED_STEPS = 2, 3
+WARM_UP_STEPS = 2
 """The first step compiles the kernels of its shapes, and a virtual machine is given the memory of its peak."""
 Quantize = Callable[[PreTrainedModel], None]
 """Gives the model, whose parameters are frozen, the variant's linears with trainable fp32 weights, in place."""
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Comparison:
+    """A variant's steps, each with the unquantized one that came just before it."""
+
     objective: str
     variant: str
-    seconds: float
-    peak_mb: float
-    """10^6 bytes."""
+    seconds: list[tuple[float, float]]
+    """(unquantized, variant) of each pair."""
+    peak_mb: tuple[float, float]
+    """(unquantized, variant), 10^6 bytes."""
 
 
 def unquantized(model: PreTrainedModel) -> None:
@@ -83,9 +90,7 @@ def torchao(model: PreTrainedModel) -> None:
 
 
 W3G64, W4A4KV4 = Scheme.parse("W3G64", symmetric=False), Scheme.parse("W4A4KV4")
-BASELINE = "unquantized"
 VARIANTS: dict[str, Quantize] = {
-    BASELINE: unquantized,
     "W3G64": partial(rounded, scheme=W3G64, scale_mode="frozen"),
     "W3G64 torchao": torchao,
     "W4A4KV4": partial(rounded, scheme=W4A4KV4, scale_mode="recomputed"),
@@ -97,44 +102,82 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    variants = [BASELINE, *(name for name in arguments.variants if name != BASELINE)]
+    variants = arguments.variants
     if find_spec("torchao") is None and "W3G64 torchao" in variants:
         print("torchao is left out: it is not installed", file=sys.stderr)
-        variants.remove("W3G64 torchao")
-    print(_table(list(_measurements(arguments, variants))))
+        variants = [name for name in variants if name != "W3G64 torchao"]
+    comparisons = []
+    for objective, variant in itertools.product(arguments.objectives, variants):
+        comparisons.append(compare(arguments.model, objective, variant, arguments.device, arguments.pairs))
+        print(comparisons[-1], file=sys.stderr)
+    print(_table(comparisons))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="bf16 Hugging Face folder")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=7, help="of steps that are timed")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="beside unquantized")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     return parser.parse_args()
 
 
-def _measurements(arguments: argparse.Namespace, variants: list[str]) -> Iterator[Measurement]:
-    # Forked, so that imports are paid for once; CUDA is only touched in the children.
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for _ in range(arguments.repeats):
-            for objective in arguments.objectives:
-                for variant in variants:
-                    found = pool.apply(measure, (arguments.model, objective, variant, arguments.device))
-                    print(found, file=sys.stderr)
-                    yield found
+def compare(folder: Path, objective: str, variant: str, device: str, num_pairs: int) -> Comparison:
+    """Warm both students up, then take turns."""
+    with ExitStack() as stack:
+        students = [
+            stack.enter_context(_process(folder, objective, make, device)) for make in (unquantized, VARIANTS[variant])
+        ]
+        pairs = [
+            tuple(student.submit(_timed_step).result() for student in students)
+            for _ in range(WARM_UP_STEPS + num_pairs)
+        ]
+        peaks = tuple(student.submit(_peak_mb).result() for student in students)
+    return Comparison(objective, variant, pairs[WARM_UP_STEPS:], peaks)
 
 
-def measure(folder: Path, objective: str, variant: str, device: str) -> Measurement:
-    """Make a student, warm up, and take the quickest of TIMED_STEPS: what disturbs a step only makes it longer."""
-    before_mb = _peak_mb(device)
+def _process(folder: Path, objective: str, quantize: Quantize, device: str) -> ProcessPoolExecutor:
+    """A process that holds one student; forked, so that imports are paid for once. CUDA is only touched in it."""
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(1, context, initializer=_hold_student, initargs=(folder, objective, quantize, device))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds."""
+
+    objective: nn.Module
+    batch: Batch
+    device: str
+    before_mb: float
+
+
+_held: Held
+
+
+def _hold_student(folder: Path, objective: str, quantize: Quantize, device: str) -> None:
+    global _held
+    before_mb = _memory_mb(device)
     student = _load(folder, device)
     student.requires_grad_(False)
-    VARIANTS[variant](student)
+    quantize(student)
     module = SFTObjective(student) if objective == "sft" else KDObjective(student, _load(folder, device))
-    batch = _random_batch(student)
-    seconds = [_timed_step(module, batch, device) for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
-    return Measurement(objective, variant, min(seconds[WARM_UP_STEPS:]), _peak_mb(device) - before_mb)
+    _held = Held(module, _random_batch(student), device, before_mb)
+
+
+def _timed_step() -> float:
+    """Seconds of a step."""
+    _held.objective.zero_grad()
+    start = _clock(_held.device)
+    with torch.autocast(_held.device, torch.bfloat16):
+        loss, _ = _held.objective(_held.batch)
+    (loss / len(_held.batch["targets"])).backward()
+    return _clock(_held.device) - start
+
+
+def _peak_mb() -> float:
+    return _memory_mb(_held.device) - _held.before_mb
 
 
 def _load(folder: Path, device: str) -> PreTrainedModel:
@@ -153,15 +196,6 @@ def _random_batch(model: PreTrainedModel) -> Batch:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _timed_step(objective: nn.Module, batch: Batch, device: str) -> float:
-    objective.zero_grad()
-    start = _clock(device)
-    with torch.autocast(device, torch.bfloat16):
-        loss, _ = objective(batch)
-    (loss / len(batch["targets"])).backward()
-    return _clock(device) - start
-
-
 def _clock(device: str) -> float:
     if device == "cpu":
         return time.process_time()
@@ -169,24 +203,24 @@ def _clock(device: str) -> float:
     return time.perf_counter()
 
 
-def _peak_mb(device: str) -> float:
+def _memory_mb(device: str) -> float:
+    """The largest so far."""
     if device == "cpu":
         return peak_mb(os.getpid())
     return torch.cuda.max_memory_allocated() / 1e6
 
 
-def _table(measurements: list[Measurement]) -> str:
-    """Medians over the repeats; of the ratios too, each to the unquantized step of its turn, with least and largest."""
-    found: dict[tuple[str, str], list[Measurement]] = {}
-    for measurement in measurements:
-        found.setdefault((measurement.objective, measurement.variant), []).append(measurement)
-    rows = [["objective", "variant", "s", "s / unquantized", "peak MB"], ["---", "---", "---:", "---:", "---:"]]
-    for (objective, variant), repeats in found.items():
-        pairs = zip(repeats, found[objective, BASELINE], strict=True)
-        ratios = sorted(own.seconds / baseline.seconds for own, baseline in pairs)
-        seconds, peak_mb = median(row.seconds for row in repeats), median(row.peak_mb for row in repeats)
+def _table(comparisons: list[Comparison]) -> str:
+    """Medians over the pairs; of the ratios too, with least and largest."""
+    header = ["objective", "variant", "s", "s unquantized", "ratio", "peak MB", "peak MB unquantized"]
+    rows = [header, ["---"] * 2 + ["---:"] * 5]
+    for found in comparisons:
+        ratios = sorted(own / baseline for baseline, own in found.seconds)
+        baseline_s, own_s = (median(column) for column in zip(*found.seconds, strict=True))
         ratio = f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        rows.append([objective.upper(), variant, f"{seconds:.1f}", ratio, f"{peak_mb:.0f}"])
+        baseline_mb, own_mb = found.peak_mb
+        row = [found.objective.upper(), found.variant, f"{own_s:.1f}", f"{baseline_s:.1f}", ratio]
+        rows.append([*row, f"{own_mb:,.0f}", f"{baseline_mb:,.0f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -128,13 +128,14 @@ class _KroneckerProduct(torch.autograd.Function):
         grad_x_NI = x.new_empty(x_NI.shape)
         needed = [*zip((diagonal_I, left_AA, right_BB), ctx.needs_input_grad[1:], strict=True)]
         sums = [_accumulator(part, x.dtype) if needs else None for part, needs in needed]
+        diagonal_sum, left_sum, right_sum = sums
         with torch.autocast(x.device.type, enabled=False):
             factors = _Factors(left_AA, right_BB, x)
             for rows in _chunks(x_NI):
                 out_NI = grad_x_NI[rows]
-                factors.gradients(_scaled(x_NI[rows], diagonal_I), grad_NI[rows], out_NI, sums[1], sums[2])
-                if sums[0] is not None:
-                    sums[0] += (x_NI[rows] * out_NI).sum(0, dtype=sums[0].dtype)
+                factors.gradients(_scaled(x_NI[rows], diagonal_I), grad_NI[rows], out_NI, left_sum, right_sum)
+                if diagonal_sum is not None:
+                    diagonal_sum += (x_NI[rows] * out_NI).sum(0, dtype=diagonal_sum.dtype)
                 if diagonal_I is not None:
                     out_NI.mul_(diagonal_I.to(x.dtype))
         parts = (None if total is None else total.to(part.dtype) for (part, _), total in zip(needed, sums, strict=True))

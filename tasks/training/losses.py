@@ -25,8 +25,8 @@ Direction = Literal["forward", "reverse"]
 CHUNK_ELEMENTS_ACCELERATOR = 2**25
 """Elements of a chunk's logits: 128 MiB in fp32, 220 tokens of a vocabulary of 151,936."""
 CHUNK_ELEMENTS_CPU = 2**23
-"""32 MiB in fp32: glibc returns larger buffers to the kernel each time, and page faults then take two thirds of the
-time of the loss (measured at 49,152 entries; benchmarks/README.md)."""
+"""32 MiB in fp32: glibc takes larger buffers from the kernel anew each time, and with those of an accelerator the loss
+takes 2.6 to 3.5 times as long (measured at 49,152 entries; benchmarks/README.md)."""
 
 MIN_TAIL = 1e-7
 """Least teacher probability of all uncached entries together: below it 1 - sum is rounding noise in fp32."""

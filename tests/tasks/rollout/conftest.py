@@ -1,6 +1,7 @@
 """Small checkpoints whose activations and caches are quantized, of random weights behind random transforms."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from quant.affine import LinearState
 from quant.linear import prepare
+from quant.rtn import rtn
 from quant.scheme import Scheme
 from quant.sites import (
     DOWN_SCALE,
@@ -20,6 +23,7 @@ from quant.sites import (
     LayerSites,
     decoder_layers,
 )
+from quant.targets import target_linears
 from quant.transforms import KroneckerTransform, balanced_factors
 from tasks.models import save_student
 
@@ -71,8 +75,16 @@ def _make_student(family: str, *, learned: bool, scheme: str = "W4A4KV4", seed: 
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    sites = {layer: _sites(model.config, Scheme.parse(scheme), learned) for layer in decoder_layers(model)}
-    return prepare(model, Scheme.parse(scheme), None, "recomputed", sites)
+    parsed = Scheme.parse(scheme)
+    sites = {layer: _sites(model.config, parsed, learned) for layer in decoder_layers(model)}
+    states = {name: rtn(linear.weight, parsed) for name, linear in target_linears(model).items()}
+    if learned:
+        states = {name: replace(state, clip=_weight_clip(state)) for name, state in states.items()}
+    return prepare(model, parsed, states, "recomputed", sites)
+
+
+def _weight_clip(state: LinearState) -> Tensor:
+    return torch.randn(*state.scale.shape, 2) + 2.5
 
 
 def _sites(config, scheme: Scheme, learned: bool) -> LayerSites:

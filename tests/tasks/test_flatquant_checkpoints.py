@@ -25,6 +25,7 @@ CONFIG = PTQInitConfig(
     scheme="W4A4KV4", symmetric=True, method="flatquant", flatquant=FlatQuantOptions(epochs=2), batch_size=2
 )
 INPUT_IDS = torch.randint(5, 300, (3, 24), generator=torch.Generator().manual_seed(1))
+MANY_INPUT_IDS = torch.randint(5, 300, (64, 24), generator=torch.Generator().manual_seed(3))
 
 
 def run(folder, base, config=CONFIG):
@@ -42,8 +43,8 @@ def run(folder, base, config=CONFIG):
 
 
 @torch.no_grad()
-def logits(model):
-    return model(input_ids=INPUT_IDS).logits.double()
+def logits(model, input_ids=INPUT_IDS):
+    return model(input_ids=input_ids).logits.double()
 
 
 def digests(folder):
@@ -94,8 +95,9 @@ def test_training_goes_on_from_it_and_is_saved_as_it_computes(make_model_folder,
     with quantizers_disabled(student), quantizers_disabled(plain):
         difference = logits(plain) - logits(student)
     assert mean_square(difference) < 1e-5 * mean_square(logits(student)), "norms and biases rounded to bf16"
-    # What that rounding does to codes of 4 bits is a matter of chance: .26 to .55 in 18 runs with other inputs.
-    assert mean_square(logits(plain) - logits(student)) < 0.8 * mean_square(logits(student) - logits(original))
+    # Which codes of 4 bits that rounding changes is a matter of chance, so this looks at many tokens.
+    found, expected, unquantized = (logits(model, MANY_INPUT_IDS) for model in (plain, student, original))
+    assert mean_square(found - expected) < 0.5 * mean_square(expected - unquantized)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])

@@ -17,7 +17,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST_PARTY = ("flows", "tasks", "quant", "artifacts")
 # How a stage is run, not what it computes: a change here must not recompute every checkpoint.
-INFRASTRUCTURE = ("artifacts", "tasks.stage", "tasks.prefect_tasks")
+INFRASTRUCTURE = ("artifacts", "tasks.runtime.stage", "tasks.runtime.prefect_tasks")
 TEMPLATE_SUFFIXES = (".j2", ".jinja")  # templates beside a module are code too
 
 

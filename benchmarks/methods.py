@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import Usage, fidelity, load_model, windows
 from benchmarks.peers import LENGTH, NUM_CALIBRATION, ours, quantize
-from quant.scheme import Scheme
-from tasks.models import load_model as load_checkpoint
+from quant.grids.scheme import Scheme
+from tasks.checkpoints.models import load_model as load_checkpoint
 
 NUM_TEST = 10
 

@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.common import peak_mb
-from quant.flatquant import initial_sites, learnable
-from quant.linear import ScaleMode, prepare
-from quant.scheme import Scheme
-from quant.site_tensors import build_sites
-from quant.sites import INPUT_SITES, decoder_layers
-from quant.targets import target_linears
+from quant.grids.scheme import Scheme
+from quant.methods.flatquant import initial_sites, learnable
+from quant.student.linear import ScaleMode, prepare
+from quant.student.site_tensors import build_sites
+from quant.student.sites import INPUT_SITES, decoder_layers
+from quant.student.targets import target_linears
 from tasks.training.batches import Example, collate
 from tasks.training.loop import Batch
 from tasks.training.objectives import KDObjective, SFTObjective

@@ -20,8 +20,8 @@ from tasks.grpo_train import GRPOTrainConfig
 from tasks.kd_train import KDTrainConfig
 from tasks.pretrain import PretrainConfig
 from tasks.ptq_init import PTQInitConfig
+from tasks.runtime.stage import StageConfig
 from tasks.sft_train import SFTTrainConfig
-from tasks.stage import StageConfig
 from tasks.teacher_topk import TeacherTopKConfig
 
 ALIASES = {"model": "base_model.model"}

@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tasks.execute import Outcome
+from tasks.runtime.execute import Outcome
 
 
 class RunDisplay:

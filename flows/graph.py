@@ -20,8 +20,8 @@ from tasks.grpo_train import grpo_train
 from tasks.kd_train import kd_train
 from tasks.pretrain import pretrain
 from tasks.ptq_init import ptq_init
+from tasks.runtime.stage import Stage, StageConfig
 from tasks.sft_train import sft_train
-from tasks.stage import Stage, StageConfig
 from tasks.teacher_topk import teacher_topk
 
 STAGES: dict[str, Stage] = {

@@ -9,7 +9,7 @@ from artifacts.refs import Ref
 from artifacts.store import Store
 from flows.graph import Graph, Node
 from flows.stage_runs import stage_run
-from tasks.execute import StageRun
+from tasks.runtime.execute import StageRun
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from flows.config import RunConfig
 from flows.graph import Graph
-from tasks.execute import Outcome
 from tasks.report import COMPARISONS_FILE, LADDER_FILE
 from tasks.reporting import figures, tables
 from tasks.reporting.comparisons import comparison_text
+from tasks.runtime.execute import Outcome
 
 
 def publish_report(run: RunConfig, folder: Path) -> None:

@@ -21,9 +21,9 @@ from flows.recipes import RECIPES, configured
 from flows.reporting import report_run
 from flows.runner import submit_graph
 from flows.stage_runs import Resources
-from tasks.execute import Outcome
-from tasks.executor import StageExecutor
-from tasks.prefect_tasks import TaskOptions, stage_task
+from tasks.runtime.execute import Outcome
+from tasks.runtime.executor import StageExecutor
+from tasks.runtime.prefect_tasks import TaskOptions, stage_task
 
 
 def _known_recipe(name: str) -> str:

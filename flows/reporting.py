@@ -14,7 +14,6 @@ from artifacts.store import Store
 from flows.config import BranchConfig, RunConfig
 from flows.graph import Graph, evaluation_roles
 from tasks.evaluation.config import EvaluateConfig
-from tasks.execute import Outcome, StageRun
 from tasks.report import (
     COMPARISONS_FILE,
     HTML_FILE,
@@ -27,6 +26,7 @@ from tasks.report import (
 )
 from tasks.reporting import tables
 from tasks.reporting.comparisons import comparison_text
+from tasks.runtime.execute import Outcome, StageRun
 
 WIDE_COLUMNS = ("paper scorer %", "truncated %", "repeating %", "mean length", "entropy", "problems x seeds")
 """Left to the report, so that the table fits a terminal."""

@@ -10,10 +10,10 @@ from prefect.futures import PrefectFuture, wait
 from artifacts.store import Store
 from flows.graph import Graph, Node
 from flows.stage_runs import SOURCE_DIGESTS, Resources, stage_run
-from tasks.execute import Outcome
-from tasks.executor import StageExecutor
-from tasks.prefect_tasks import TaskOptions, stage_task
-from tasks.stage import StageConfig
+from tasks.runtime.execute import Outcome
+from tasks.runtime.executor import StageExecutor
+from tasks.runtime.prefect_tasks import TaskOptions, stage_task
+from tasks.runtime.stage import StageConfig
 
 
 def needs_fresh_process(config: StageConfig, device: str) -> bool:

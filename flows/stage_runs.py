@@ -12,7 +12,7 @@ import torch
 from artifacts.store import Store
 from flows.graph import Node
 from tasks import base_model, dataset
-from tasks.execute import StageRun
+from tasks.runtime.execute import StageRun
 
 SOURCE_DIGESTS: dict[str, Callable[[Any], str]] = {
     "base_model": base_model.source_digest,

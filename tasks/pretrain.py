@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tasks.data.bundled_problems import bundled_drills, bundled_problems, bundled_stories
 from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.data.prompts import encode_example
-from tasks.stage import Context, Metrics, StageConfig, stage
+from tasks.runtime.stage import Context, Metrics, StageConfig, stage
 from tasks.training.batches import by_length
 from tasks.training.loop import Batch, LoopConfig, StepBatches, train
 from tasks.training.objectives import SFTObjective
@@ -56,7 +56,7 @@ class PretrainConfig(StageConfig):
     )
 
 
-@stage(kind="checkpoint")
+@stage(kind="checkpoint", gives="base", log="training_log.jsonl", packages=lambda config: ("torch", "transformers"))
 def pretrain(config: PretrainConfig, context: Context) -> Metrics:
     """Train the model on generated problems, drills and stories, and write it as a bf16 Hugging Face folder."""
     tokenizer = build_tokenizer()

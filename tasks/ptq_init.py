@@ -18,18 +18,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from safetensors import safe_open
 
-from quant.activations import Keep, in_memory, on_disk
-from quant.awq import AWQOptions
-from quant.flatquant_training import FlatQuantOptions
-from quant.gptq import GPTQOptions
-from quant.initializers import METHODS, Method, initializer
-from quant.quarot import QuaRotOptions
-from quant.rewrite import DecoderShape
-from quant.scheme import ScaleDtype, ScaleRule, Scheme
-from quant.streaming import Batch, BlockMethod, quantize_blocks
-from tasks.model_folders import check_model_folder, write_json
-from tasks.model_stream import CheckpointStream
-from tasks.stage import Context, StageConfig, StageError, stage
+from quant.calibration.activations import Keep, in_memory, on_disk
+from quant.calibration.streaming import Batch, BlockMethod, quantize_blocks
+from quant.grids.scheme import ScaleDtype, ScaleRule, Scheme
+from quant.methods.options import AWQOptions, FlatQuantOptions, GPTQOptions, QuaRotOptions
+from quant.methods.registry import METHODS, Method, initializer
+from quant.methods.rewrite import DecoderShape
+from tasks.checkpoints.folders import check_model_folder, write_json
+from tasks.checkpoints.stream import CheckpointStream
+from tasks.runtime.stage import Context, StageConfig, StageError, stage
 
 REPORT = "ptq_report.json"
 
@@ -76,7 +73,12 @@ class PTQInitConfig(StageConfig):
         return self
 
 
-@stage(kind="checkpoint")
+@stage(
+    kind="checkpoint",
+    reads={"base": "base", "calibration": "calibration"},
+    gives="model",
+    packages=lambda config: ("torch", "transformers"),
+)
 def ptq_init(config: PTQInitConfig, context: Context, *, base: Path, calibration: Path | None = None) -> dict[str, Any]:
     """Quantize `base` block by block and write the QAT start: dequantized weights, and latents with their grids."""
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from tasks.reporting import figures, tables
 from tasks.reporting.comparisons import comparison_table
 from tasks.reporting.data import Comparison, LadderRow, ReportData, SampleRow, StageRow, TrainingCurve
 from tasks.reporting.html import build_report, report_figures
-from tasks.stage import Context, Metrics, StageConfig, stage
+from tasks.runtime.stage import Context, Metrics, StageConfig, stage
 
 HTML_FILE, LADDER_FILE, COMPARISONS_FILE = "report.html", "ladder.parquet", "comparisons.parquet"
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.models import load_student, load_tokenizer
-from tasks.stage import Context, Metrics, stage
-from tasks.student_training import TraceConfig, read_examples, train_student
+from tasks.checkpoints.models import load_student, load_tokenizer
+from tasks.runtime.stage import Context, Metrics, stage
 from tasks.training.batches import TokenBatches
 from tasks.training.objectives import SFTObjective
 from tasks.training.student import StudentConfig, select_trainable
+from tasks.training.student_training import TraceConfig, read_examples, train_student
 
 
 class SFTTrainConfig(StudentConfig, TraceConfig):
@@ -25,7 +25,13 @@ class SFTTrainConfig(StudentConfig, TraceConfig):
     micro_batch_size: int = 8
 
 
-@stage(kind="checkpoint", version="1")
+@stage(
+    kind="checkpoint",
+    reads={"student": "model", "data": "train_data"},
+    gives="model",
+    log="training_log.jsonl",
+    packages=lambda config: ("torch", "transformers"),
+)
 def sft_train(config: SFTTrainConfig, context: Context, *, student: Path, data: Path) -> Metrics:
     """Minimise the cross entropy of the response tokens of `data`."""
     examples, counts = read_examples(data, load_tokenizer(student), config)

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from tasks.models import load_model, load_tokenizer
-from tasks.stage import Context, Metrics, StageError, stage
-from tasks.student_training import TraceConfig, read_examples
+from tasks.checkpoints.models import load_model, load_tokenizer
+from tasks.runtime.stage import Context, Metrics, StageError, stage
+from tasks.training.student_training import TraceConfig, read_examples
 from tasks.training.topk import shard_name, write_index, write_shard
 
 
@@ -27,7 +27,12 @@ class TeacherTopKConfig(TraceConfig):
     rows_per_shard: int = Field(default=1024, gt=0)
 
 
-@stage(kind="teacher_topk", version="1")
+@stage(
+    kind="teacher_topk",
+    reads={"teacher": "base", "data": "train_data"},
+    gives="teacher_topk",
+    packages=lambda config: ("torch", "transformers"),
+)
 def teacher_topk(config: TeacherTopKConfig, context: Context, *, teacher: Path, data: Path) -> Metrics:
     """Write the teacher's log-probabilities shard by shard; a killed stage goes on after its last whole shard."""
     examples, counts = read_examples(data, load_tokenizer(teacher), config)

@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("flows", "tasks", "quant", "artifacts")
-LEAVES = ("data", "training", "rollout", "rewards", "reporting", "evaluation")
+LEAVES = ("data", "training", "sampling", "judging", "reporting", "evaluation")
 MOST_LINES = 300
 
 
@@ -43,7 +43,7 @@ def tops(names: set[str]) -> set[str]:
 
 def test_the_rooms_are_found() -> None:
     assert {module_name(p).split(".")[0] for p in sources()} == set(ROOMS)
-    assert "tasks.stage" in imports(REPOSITORY / "tasks" / "execute.py")
+    assert "tasks.runtime.stage" in imports(REPOSITORY / "tasks" / "runtime" / "execute.py")
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)
@@ -78,11 +78,11 @@ def test_artifacts_needs_the_standard_library_only(path: Path) -> None:
 def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
     name, used = module_name(path), tops(imports(path))
     if "prefect" in used:
-        assert name.startswith("flows.") or name == "tasks.prefect_tasks"
+        assert name.startswith("flows.") or name == "tasks.runtime.prefect_tasks"
     if "lighteval" in used:
         assert name.startswith("tasks.evaluation.")
     if "vllm" in used:
-        assert name in ("tasks.rollout.vllm_engine", "tasks.rollout.vllm_plugin")
+        assert name in ("tasks.sampling.vllm_engine", "tasks.sampling.vllm_plugin")
 
 
 def stage_modules() -> set[str]:
@@ -98,7 +98,7 @@ def test_no_stage_imports_a_stage(path: Path) -> None:
     name = module_name(path)
     if not name.startswith("tasks."):
         return
-    stages = stage_modules() - {"tasks.stage", name}
+    stages = stage_modules() - {"tasks.runtime.stage", name}
     assert not (imports(path) & stages), f"{name} imports a stage: {imports(path) & stages}"
 
 
@@ -108,17 +108,17 @@ def test_no_stage_imports_a_stage(path: Path) -> None:
 def test_leaf_packages_know_no_other_leaf_but_what_they_are_built_on(path: Path) -> None:
     """rollout and training are built on quant; evaluation puts rollout and rewards behind lighteval.
 
-    Engines open checkpoints, whose format is tasks.models' alone.
+    Engines open checkpoints, whose format is tasks.checkpoints.models' alone.
     """
     name = module_name(path)
     own = ".".join(name.split(".")[:2])
-    allowed = {own, "tasks.stage", "tasks.processes"}
-    if own == "tasks.rollout":
-        allowed |= {"tasks.models", "tasks.model_folders"}
+    allowed = {own, "tasks.runtime.stage", "tasks.runtime.processes"}
+    if own == "tasks.sampling":
+        allowed |= {"tasks.checkpoints"}
     if own == "tasks.evaluation":
-        allowed |= {"tasks.rollout", "tasks.rewards", "tasks.data"}
+        allowed |= {"tasks.sampling", "tasks.judging", "tasks.data"}
     if own == "tasks.training":
-        allowed |= {"tasks.rollout", "tasks.rewards", "tasks.data"}
+        allowed |= {"tasks.sampling", "tasks.judging", "tasks.data", "tasks.checkpoints"}
     used = {i for i in first_party(imports(path)) if i.startswith("tasks.")}
     strangers = {i for i in used if not any(i == a or i.startswith(a + ".") for a in allowed)}
     assert not strangers, f"{name} imports {strangers}"

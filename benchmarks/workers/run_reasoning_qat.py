@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tasks.ptq_init import PTQInitConfig, ptq_init
-from tasks.stage import Context
+from tasks.runtime.stage import Context
 
 
 def main(model: Path, tokens: Path, output: Path, config: PTQInitConfig) -> None:

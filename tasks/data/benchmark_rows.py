@@ -15,7 +15,7 @@ from tasks.data import sources
 from tasks.data.benchmarks import BENCHMARKS, BenchmarkName, HubDataset, RowForm
 from tasks.data.commonsense import ReadRow
 from tasks.data.fields import Example, FieldMap, Row, to_example
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 HUB = "hub"
 """In place of a folder: the benchmark's own data sets on the hub."""

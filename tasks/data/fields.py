@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 Row = Mapping[str, Any]
 AnswerRule = Literal["column", "hash", "boxed"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 THINK_OPEN = "<think>"
 _PROBE = "turn-end-probe"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tasks.data.fields import Example, Row
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".txt", ".txt.gz")
 _READ_BYTES = 2**22

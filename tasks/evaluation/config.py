@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tasks.data.benchmarks import TaskKind
-from tasks.stage import StageConfig
+from tasks.runtime.stage import StageConfig
 
 UNSAMPLED: Mapping[str, Any] = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 1, "enable_thinking": None}
 """Settings where given continuations are scored; they have no effect, and so must not enter a key."""

@@ -15,18 +15,18 @@ import pyarrow as pa
 from tasks.data.benchmarks import TaskKind
 from tasks.evaluation import lighteval_compat as lighteval
 from tasks.evaluation.config import EvaluateConfig
-from tasks.evaluation.journal import Journal
 from tasks.evaluation.lighteval_model import ChatPrompts, EngineModel, run_pipeline
 from tasks.evaluation.lighteval_tasks import answer_task, document
 from tasks.evaluation.options import Options
 from tasks.evaluation.problems import Problem, load_problems
 from tasks.evaluation.questions import Question, ask
 from tasks.evaluation.records import sample_row, tables
-from tasks.evaluation.scoring import Response, Score, Scores
 from tasks.evaluation.statistics import summarize
-from tasks.evaluation.tokens import check_lengths, stop_token_ids
-from tasks.evaluation.watchdog import Watchdog
-from tasks.rollout.engine import Engine, SamplingParams
+from tasks.judging.judge import Response, Score, Scores
+from tasks.sampling.engine import Engine, SamplingParams
+from tasks.sampling.journal import Journal
+from tasks.sampling.tokens import check_lengths, stop_token_ids
+from tasks.sampling.watchdog import Watchdog
 
 
 class Progress(Protocol):

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from tasks.data.prompts import THINK_OPEN, render_prompt
-from tasks.evaluation.journal import Generation, Journal, request_key
 from tasks.evaluation.lighteval_compat import (
     Doc,
     EvaluationTracker,
@@ -26,9 +25,10 @@ from tasks.evaluation.lighteval_compat import (
 )
 from tasks.evaluation.lighteval_tasks import SampledResponse, specifics
 from tasks.evaluation.likelihood import choose_options
-from tasks.evaluation.tokens import request_seed, response_text
-from tasks.evaluation.watchdog import Watchdog
-from tasks.rollout.engine import Completion, Engine, Request, SamplingParams
+from tasks.sampling.engine import Completion, Engine, Request, SamplingParams
+from tasks.sampling.journal import Generation, Journal, request_key
+from tasks.sampling.tokens import request_seed, response_text
+from tasks.sampling.watchdog import Watchdog
 
 LOGPROB_DECIMALS = 4
 """Of a response's mean log-probability: what lies below is rounding, which depends on the batch."""

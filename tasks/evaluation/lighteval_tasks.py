@@ -21,9 +21,9 @@ from tasks.evaluation.lighteval_compat import (
     SamplingMethod,
 )
 from tasks.evaluation.questions import Question
-from tasks.evaluation.scoring import Response, Score
-from tasks.rewards.code_answer import CodeVerdict
-from tasks.rewards.math_answer import Verdict
+from tasks.judging.code_answer import CodeVerdict
+from tasks.judging.judge import Response, Score
+from tasks.judging.math_answer import Verdict
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "prompt", "gold", "tier", "details")])
 

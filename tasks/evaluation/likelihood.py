@@ -11,7 +11,7 @@ from typing import Any
 from tasks.evaluation.lighteval_compat import Doc
 from tasks.evaluation.lighteval_tasks import SampledResponse, specifics
 from tasks.evaluation.options import Options
-from tasks.rollout.engine import Engine, TokenPair
+from tasks.sampling.engine import Engine, TokenPair
 
 LOGPROB_DECIMALS = 4
 """Of a continuation's log-probability: what lies below is rounding, which depends on the batch."""

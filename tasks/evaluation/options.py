@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Self
 
-from tasks.rollout.engine import TokenPair
+from tasks.sampling.engine import TokenPair
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 DATASET_FILE = "data.parquet"
 COLUMNS = ["id", "prompt", "answer", "tier", "details"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from tasks.data.benchmarks import TaskKind
 from tasks.evaluation.options import Options
 from tasks.evaluation.problems import Problem
-from tasks.rewards.choice_answer import LETTERS
-from tasks.stage import StageError
+from tasks.judging.choice_answer import LETTERS
+from tasks.runtime.stage import StageError
 
 # As worded by github.com/openai/simple-evals (common.py), and taken over by the harness that the paper builds on.
 CHOICE_PROMPT = (

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 from tasks.training.loop import Batch, LoopConfig, StepBatches
 
 Encode = Callable[[str, str], tuple[list[int], int]]

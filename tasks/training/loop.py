@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tasks.stage import StageConfig, StageError
+from tasks.runtime.stage import StageConfig, StageError
 from tasks.training import checkpoints
 
 Batch = dict[str, Tensor]

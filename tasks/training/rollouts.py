@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 from tasks.training.batches import Example, by_length, collate, local_share, sample_indices
 from tasks.training.grpo import PolicyConfig, group_advantages, token_weights, zero_variance
 from tasks.training.loop import Batch, StepBatches

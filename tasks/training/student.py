@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from quant.linear import ScaleMode, quantized_linears
-from quant.sites import learned_parameters
+from quant.student.linear import ScaleMode, quantized_linears
+from quant.student.sites import learned_parameters
 from tasks.training.loop import LoopConfig
 from tasks.training.optimizer import GroupRule, adam
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 from tasks.training.batches import Example, by_length, collate
 from tasks.training.loop import Batch
 from tasks.training.losses import chunk_size, head_logits

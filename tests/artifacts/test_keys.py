@@ -72,16 +72,16 @@ def test_not_finite_is_refused() -> None:
 
 SOURCES = {
     "tasks/__init__.py": "",
-    "tasks/kd.py": '"""Doc."""\nfrom tasks.stage import stage\nfrom tasks.data import packing\n\n'
-    'def kd(x):\n    """Doc."""\n    # comment\n    from quant.affine import scale\n'
+    "tasks/kd.py": '"""Doc."""\nfrom tasks.runtime.stage import stage\nfrom tasks.data import packing\n\n'
+    'def kd(x):\n    """Doc."""\n    # comment\n    from quant.grids.affine import scale\n'
     "    return scale(x) + packing.N\n",
-    "tasks/stage.py": "import artifacts.store\nSTAGE = 1\n",
+    "tasks/runtime/stage.py": "import artifacts.store\nSTAGE = 1\n",
     "tasks/data/__init__.py": "",
     "tasks/data/packing.py": "from .inner import N\n",
     "tasks/data/inner.py": "N = 1\n",
     "tasks/other.py": "OTHER = 1\n",
     "quant/__init__.py": "VERSION = None\n",
-    "quant/affine.py": "def scale(x):\n    return 2 * x\n",
+    "quant/grids/affine.py": "def scale(x):\n    return 2 * x\n",
     "artifacts/__init__.py": "",
     "artifacts/store.py": "S = 1\n",
 }
@@ -102,8 +102,8 @@ def test_code_digest_is_deterministic(tmp_path: Path) -> None:
     "edits",
     [
         {"tasks/kd.py": SOURCES["tasks/kd.py"].replace("Doc.", "Other words.").replace("# comment", "# why\n")},
-        {"quant/affine.py": "def scale(x):\n\n    '''New.'''\n    return (2*x)  # twice\n"},
-        {"tasks/stage.py": "STAGE = 2\n", "artifacts/store.py": "S = 2\n"},
+        {"quant/grids/affine.py": "def scale(x):\n\n    '''New.'''\n    return (2*x)  # twice\n"},
+        {"tasks/runtime/stage.py": "STAGE = 2\n", "artifacts/store.py": "S = 2\n"},
         {"tasks/other.py": "OTHER = 2\n"},
     ],
     ids=["docstring and comment", "layout", "infrastructure", "a module that is not imported"],
@@ -116,7 +116,7 @@ def test_edits_that_change_nothing_keep_the_digest(tmp_path: Path, edits: dict[s
     "edits",
     [
         {"tasks/kd.py": SOURCES["tasks/kd.py"].replace("+", "-")},
-        {"quant/affine.py": "def scale(x):\n    return 3 * x\n"},
+        {"quant/grids/affine.py": "def scale(x):\n    return 3 * x\n"},
         {"tasks/data/inner.py": "N = True\n"},
         {"quant/__init__.py": "VERSION = 1\n"},
         {"quant/__init__.py": "VERSION = 'None'\n"},
@@ -136,7 +136,7 @@ def test_edits_that_may_matter_change_the_digest(tmp_path: Path, edits: dict[str
 
 
 def test_import_cycles_end(tmp_path: Path) -> None:
-    _digest_of(tmp_path, {"quant/affine.py": "import tasks.kd\n"})
+    _digest_of(tmp_path, {"quant/grids/affine.py": "import tasks.kd\n"})
 
 
 def test_unknown_module_names_the_packages(tmp_path: Path) -> None:

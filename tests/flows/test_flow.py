@@ -130,7 +130,7 @@ def test_a_given_checkpoint_is_evaluated_alone(server: str, first: Any) -> None:
 
 
 def test_only_cached_refuses_to_compute(server: str, first: Any) -> None:
-    from tasks.stage import StageError
+    from tasks.runtime.stage import StageError
 
     state, _, names = run(server, only_cached=True, overrides=[*SMALL, "kd_train.seed=9"])
     assert state.is_failed()
@@ -142,7 +142,7 @@ def test_only_cached_refuses_to_compute(server: str, first: Any) -> None:
 def test_data_that_cannot_be_had_ends_the_run_before_any_compute(
     server: str, first: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks.stage import StageError
+    from tasks.runtime.stage import StageError
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     state, _, names = run(server, overrides=[*SMALL, "benchmarks=[gpqa_diamond]", "kd_train.seed=9"])

@@ -6,8 +6,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 import tasks.base_model
 from tasks.base_model import BaseModelConfig, base_model, source_digest
-from tasks.models import check_model_folder
-from tasks.stage import Context, StageError
+from tasks.checkpoints.models import check_model_folder
+from tasks.runtime.stage import Context, StageError
 
 
 @pytest.fixture

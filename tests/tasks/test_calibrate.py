@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 import tasks.calibrate
 from tasks.calibrate import CalibrateConfig, calibrate
+from tasks.checkpoints.models import load_tokenizer
 from tasks.data.prompts import encode_example, encode_prompt
 from tasks.dataset import DatasetConfig, dataset
-from tasks.models import load_tokenizer
-from tasks.rollout.engine import Completion
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
+from tasks.sampling.engine import Completion
 
 ROWS = [{"id": f"p{i}", "problem": f"{i}+{i}?", "response": f"<think>{i}</think>{2 * i}" + "!" * i} for i in range(8)]
 

@@ -9,7 +9,7 @@ import pytest
 from tasks.data.bundled_problems import bundled_problems
 from tasks.data.sources import read_dataset
 from tasks.dataset import DatasetConfig, dataset, source_digest
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
 
 ROWS = [{"problem": f"{i}+1", "solution": "s" * i, "answer": str(i + 1), "level": str(i % 3)} for i in range(1, 41)]
 

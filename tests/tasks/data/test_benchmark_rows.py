@@ -13,7 +13,7 @@ import pytest
 from tasks.data.benchmark_rows import HUB, benchmark_digest, read_benchmark
 from tasks.data.benchmarks import BENCHMARKS, MATH_SUFFIX, BenchmarkName
 from tasks.dataset import DatasetConfig, dataset, source_digest
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
 
 GPQA = {
     "Record ID": "rec1",

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.data import livecodebench
 from tasks.data.livecodebench import livecodebench_tests
-from tasks.rewards.code_tests import parse_tests
+from tasks.judging.code_tests import parse_tests
 
 PUBLIC = '[{"input": "1\\n", "output": "2\\n", "testtype": "stdin"}]'
 PRIVATE = [{"input": "3\n\u00fc", "output": "6\n", "testtype": "stdin"}]

@@ -4,7 +4,7 @@ import pytest
 
 from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.data.prompts import encode_example, encode_prompt, render_example, turn_end
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 THINKING = (
     "{{ bos_token }}{% for m in messages %}"

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.data import sources
 from tasks.data.fields import PRESETS, Example, choose_fields, last_boxed, recognise, to_example
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 ROWS = [{"problem": "1+1", "answer": "2"}, {"problem": "2+2", "answer": "4"}]
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tasks.rollout.engine import Completion, Request, SamplingParams
+from tasks.sampling.engine import Completion, Request, SamplingParams
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m['content'] }}<end>{% endfor %}"

@@ -13,8 +13,8 @@ from lighteval.metrics.utils.extractive_match_utils import ExprExtractionConfig,
 from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.requests import Doc
 
-from tasks.evaluation.scoring import Response, score_math
-from tasks.rewards.math_answer import Grader
+from tasks.judging.judge import Response, score_math
+from tasks.judging.math_answer import Grader
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the samples of real data are not here")

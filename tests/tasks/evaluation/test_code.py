@@ -11,11 +11,11 @@ from tasks import evaluate as stage_module
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation import harness, records
 from tasks.evaluation.problems import Problem
-from tasks.evaluation.scoring import Response, open_scorer
+from tasks.judging import sandbox
+from tasks.judging.judge import Response, open_scorer
+from tasks.judging.sandbox import why_unavailable
 from tasks.reporting.evaluation import response_text
-from tasks.rewards import sandbox
-from tasks.rewards.sandbox import why_unavailable
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
 
 BUNDLED_MODEL = Path(__file__).parents[3] / "artifacts" / "bundled" / "model"
 CONFIG = EvaluateConfig(name="programs", kind="code", seeds=(1, 2), max_new_tokens=200)

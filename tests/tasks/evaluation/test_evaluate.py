@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks import evaluate as stage_module
 from tasks.data.bundled_problems import bundled_problems
 from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.evaluation.tokens import request_seed
-from tasks.rollout.engine import Request, SamplingParams
-from tasks.rollout.transformers_engine import TransformersEngine
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
+from tasks.sampling.engine import Request, SamplingParams
+from tasks.sampling.tokens import request_seed
+from tasks.sampling.transformers_engine import TransformersEngine
 
 REPOSITORY = Path(__file__).parents[3]
 BUNDLED_MODEL = REPOSITORY / "artifacts" / "bundled" / "model"
@@ -122,7 +122,7 @@ BUNDLED_PROGRAM = """
 import json, sys
 from pathlib import Path
 from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.stage import Context
+from tasks.runtime.stage import Context
 
 if __name__ == "__main__":  # vLLM may start this program again in another process
     checkpoint, data, folder = map(Path, sys.argv[1:4])

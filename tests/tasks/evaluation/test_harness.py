@@ -17,10 +17,10 @@ import torch
 from tasks import evaluate as stage_module
 from tasks.evaluation import harness, records
 from tasks.evaluation.config import EvaluateConfig
-from tasks.evaluation.scoring import Scores, open_scorer
-from tasks.evaluation.tokens import request_seed
-from tasks.rewards.math_answer import Verdict
-from tasks.stage import StageError
+from tasks.judging.judge import Scores, open_scorer
+from tasks.judging.math_answer import Verdict
+from tasks.runtime.stage import StageError
+from tasks.sampling.tokens import request_seed
 
 CONFIG = EvaluateConfig(name="sums", seeds=(1, 2), max_new_tokens=45)
 

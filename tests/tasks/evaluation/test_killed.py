@@ -14,7 +14,7 @@ import pytest
 
 from tasks.data.bundled_problems import bundled_problems
 from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.stage import Context
+from tasks.runtime.stage import Context
 
 REPOSITORY = Path(__file__).parents[3]
 BUNDLED_MODEL = REPOSITORY / "artifacts" / "bundled" / "model"
@@ -27,7 +27,7 @@ import os, signal, sys
 from pathlib import Path
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation import records
-from tasks.stage import Context
+from tasks.runtime.stage import Context
 
 if __name__ == "__main__":
     folder, checkpoint, point = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -22,7 +22,7 @@ from tasks.dataset import DatasetConfig, dataset
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation.config import UNSAMPLED
 from tasks.evaluation.options import Options, encode_pair
-from tasks.stage import Context, StageError
+from tasks.runtime.stage import Context, StageError
 
 BUNDLED_MODEL = Path(__file__).parents[3] / "artifacts" / "bundled" / "model"
 WORDS = ["Tom has 3 apples", "Tom buys 5 apples", "then Tom eats 2", "Mia sells 7 pens", "she has 4 boxes"]
@@ -145,7 +145,7 @@ import sys
 from pathlib import Path
 from flows.graph import on_benchmark
 from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.stage import Context
+from tasks.runtime.stage import Context
 
 if __name__ == "__main__":  # vLLM may start this program again in another process
     checkpoint, data, folder = map(Path, sys.argv[1:])

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from tasks.evaluation.problems import load_problems
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 
 def dataset(folder, rows):

@@ -7,7 +7,7 @@ import pytest
 
 from tasks.evaluation.problems import Problem
 from tasks.evaluation.questions import Question, ask, permutation
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 
 CHOICES = ["one", "two", "three\n", "four"]
 PROBLEM = Problem("p", "Which {A}?", "one", "Physics", json.dumps({"choices": CHOICES}))

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 from tasks.training.batches import Example, TokenBatches, collate, sample_indices, tokenize
 from tasks.training.loop import LoopConfig
 from tasks.training.losses import cross_entropy, head_loss

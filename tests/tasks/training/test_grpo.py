@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 from tasks.training.batches import Example, collate
 from tasks.training.grpo import PolicyConfig, group_advantages, k3, token_weights, zero_variance
 from tasks.training.objectives import GRPOObjective, KDObjective

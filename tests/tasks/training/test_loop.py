@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tasks.stage import StageError
+from tasks.runtime.stage import StageError
 from tasks.training import checkpoints
 from tasks.training.batches import Example, TokenBatches, sample_indices
 from tasks.training.loop import LoopConfig, StepBatches, lr_factor, train

@@ -1,0 +1,182 @@
+"""Run one stage under its key: look up, lock, run the body, commit.  Knows the store; knows nothing of Prefect."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from artifacts.keys import code_digest
+from artifacts.refs import Ref
+from artifacts.store import Store
+from tasks.runtime.machine import package_versions
+from tasks.runtime.stage import TELEMETRY_FOLDER, Context, Metrics, Stage, StageConfig, StageError
+
+PROGRESS_FILE = "progress.json"
+LOG_FILE = "stage.log"
+PROGRESS_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage with its configuration and the references of its inputs: all that a worker process needs."""
+
+    stage: Stage
+    config: StageConfig
+    inputs: Mapping[str, Ref]
+    store_root: Path
+    device: str = "cpu"
+    force: bool = False
+    source_digest: str | None = None
+    """Content digest of what the stage reads from outside the store (a local model or data set)."""
+    code: str = ""
+    """Digest of the code; taken once where the run is made, and the same for the worker that executes it."""
+
+    def __post_init__(self) -> None:
+        if not self.code:
+            object.__setattr__(self, "code", code_digest(self.stage.module))
+
+    def payload(self) -> dict[str, Any]:
+        """What the key hashes: never a path of this machine, a device or a date."""
+        self.stage.check_inputs(self.inputs)
+        config = self.config.model_dump(mode="json", exclude=set(self.config.unkeyed_fields))
+        if self.source_digest is not None:
+            # Content counts, not where it lies.
+            config = {k: v for k, v in config.items() if k not in self.config.location_fields}
+            config["source_digest"] = self.source_digest
+        return {
+            "stage": self.stage.name,
+            "version": self.stage.version,
+            "code": self.code,
+            "config": config,
+            "inputs": {name: str(ref) for name, ref in sorted(self.inputs.items())},
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage gave: its artifact, whether it came from the cache, and the record's metrics."""
+
+    ref: Ref
+    cached: bool
+    metrics: Metrics = field(default_factory=dict)
+
+
+def find_cached(run: StageRun) -> Outcome | None:
+    """The verified cache hit of this run, or None; a forced run never hits."""
+    if run.force:
+        return None
+    store = Store(run.store_root)
+    record = store.lookup(store.key(run.payload()))
+    return None if record is None else Outcome(record.ref, True, record.provenance.get("metrics", {}))
+
+
+def execute(run: StageRun) -> Outcome:
+    """Run the stage unless another process has finished the same key meanwhile; commit its artifact.
+
+    Raises StageError for what the user can mend; a killed process leaves only its scratch folder, which the next call
+    with the same key resumes from.
+    """
+    store = Store(run.store_root)
+    payload = run.payload()
+    key = store.key(payload)
+    with store.lock(key):
+        if hit := find_cached(run):
+            return hit
+        scratch = store.scratch(key)
+        telemetry = scratch / TELEMETRY_FOLDER
+        shutil.rmtree(telemetry, ignore_errors=True)  # measurements of an execution that was killed
+        output = store.new_folder()
+        started = time.perf_counter()
+        try:
+            with _log_into(scratch / LOG_FILE):
+                metrics = _run_body(run, store, output, scratch)
+            provenance = _provenance(metrics, time.perf_counter() - started)
+            measured = telemetry if telemetry.is_dir() else None
+            ref = store.commit(output, run.stage.kind, key, payload, provenance, telemetry=measured)
+        except Exception as error:
+            shown = _disk_full(error, store) or error
+            shown.add_note(f"The log of stage {run.stage.name}: {scratch / LOG_FILE}")
+            raise shown from (error if shown is not error else None)
+        finally:
+            store.discard(output)
+        store.clear_scratch(key)
+    return Outcome(ref, False, metrics)
+
+
+def _disk_full(error: Exception, store: Store) -> StageError | None:
+    """What a full disk means to the user, if that is what happened."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    return StageError(
+        f"no space left on the disk ({error}). Nothing finished was lost: free some space, or move the store with "
+        f"REASONING_QAT_STORE (now {store.root}), and run the same command again."
+    )
+
+
+def _run_body(run: StageRun, store: Store, output: Path, scratch: Path) -> Metrics:
+    inputs = {name: store.path(ref) for name, ref in run.inputs.items()}
+    digests = {name: ref.digest for name, ref in run.inputs.items()}
+    context = Context(output, scratch, run.device, progress_writer(scratch / PROGRESS_FILE), digests)
+    return run.stage(run.config, context, **inputs)
+
+
+def progress_writer(path: Path) -> Callable[[dict[str, Any]], None]:
+    """A sink that keeps the latest progress in a small file, at most twice a second, for whoever watches."""
+    last = 0.0
+    lock = threading.Lock()  # a watchdog reports from a thread of its own
+
+    def write(progress: dict[str, Any]) -> None:
+        nonlocal last
+        with lock:
+            now = time.monotonic()
+            if now - last < PROGRESS_INTERVAL_S and progress["done"] < progress["total"]:
+                return
+            last = now
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(progress, default=str))
+            os.replace(temporary, path)
+
+    return write
+
+
+@contextlib.contextmanager
+def _log_into(path: Path) -> Iterator[None]:
+    """Send what the stage and its libraries print to a log file; the console belongs to the flow."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, target)
+            os.close(copy)
+
+
+def _provenance(metrics: Metrics, seconds: float) -> dict[str, Any]:
+    """Host-independent facts of a run; they are recorded beside the artifact and do not enter its digest."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "metrics": metrics,
+        "wall_seconds": round(seconds, 3),
+        "peak_memory_mb": usage.ru_maxrss // 1024,
+        "python": platform.python_version(),
+        "versions": package_versions(),
+    }

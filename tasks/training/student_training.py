@@ -1,0 +1,82 @@
+"""What the stages that train a student share: reading a dataset artifact, running the loop, writing the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.checkpoints.models import save_student
+from tasks.data.prompts import encode_example
+from tasks.runtime.stage import Context, Metrics, StageConfig
+from tasks.training.batches import Example, tokenize
+from tasks.training.loop import BatchSource, Row, train
+from tasks.training.student import StudentConfig, student_optimizers
+
+LOG_FILE = "training_log.jsonl"
+
+
+class TraceConfig(StageConfig):
+    """How (prompt, response) rows become tokens; the teacher's cache and the training on it must agree in this."""
+
+    max_length: int = Field(default=8192, gt=1)
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What becomes of a row with more than `max_length` tokens; both are counted."""
+    prompt_suffix: str = ""
+    enable_thinking: bool | None = None
+
+
+def read_rows(data: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a dataset artifact, these columns only."""
+    return pq.read_table(data / "data.parquet", columns=list(columns)).to_pylist()
+
+
+def read_examples(
+    data: Path, tokenizer: PreTrainedTokenizerBase, config: TraceConfig
+) -> tuple[list[Example], dict[str, int]]:
+    """The tokenized rows of a dataset artifact, and how many were kept, dropped and cut off."""
+
+    def encode(prompt: str, response: str) -> tuple[list[int], int]:
+        return encode_example(tokenizer, prompt, response, config.enable_thinking, config.prompt_suffix)
+
+    rows = ((row["prompt"], row["response"]) for row in read_rows(data, ("prompt", "response")))
+    return tokenize(rows, encode, config.max_length, config.overlong)
+
+
+def train_student(
+    model: PreTrainedModel,
+    objective: nn.Module,
+    source: BatchSource,
+    config: StudentConfig,
+    context: Context,
+    student: Path,
+) -> Metrics:
+    """Train `model`, which is inside `objective`, and write it as a checkpoint with its training log."""
+    rows = train(
+        objective,
+        source,
+        config,
+        student_optimizers(objective, config),
+        scratch=context.scratch,
+        device=context.device,
+        progress=context.progress,
+    )
+    save_student(model, student, context.output)
+    write_log(rows, context.output / LOG_FILE)
+    return {"first_loss": rows[0]["loss"], "final_loss": rows[-1]["loss"]}
+
+
+def write_log(rows: Iterable[Row], path: Path) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a training log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

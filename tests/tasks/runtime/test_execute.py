@@ -1,0 +1,174 @@
+"""One stage under its key: hits are verified, kills resume, failures leave nothing behind."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.store import Store
+from tasks.runtime.execute import StageRun, execute, find_cached, progress_writer
+from tasks.runtime.executor import StageExecutor
+from tasks.runtime.stage import StageError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+toys = importlib.import_module("tests.tasks.runtime.toy_stages")  # the name by which worker processes find it
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def source_run(store: Store, text: str = "hello", **more: Any) -> StageRun:
+    return StageRun(toys.source, toys.SourceConfig(text=text, **more), {}, store.root)
+
+
+def upper_run(store: Store, text: str = "hello", **config: Any) -> StageRun:
+    ref = execute(source_run(store, text)).ref
+    return StageRun(toys.upper, toys.UpperConfig(**config), {"text": ref}, store.root)
+
+
+def test_the_second_run_is_a_hit(store: Store, tmp_path: Path) -> None:
+    run = source_run(store, runs=str(tmp_path / "runs"))
+    first, second = execute(run), execute(run)
+    assert (first.cached, second.cached) == (False, True)
+    assert first.ref == second.ref and second.metrics == {"length": 5}
+    assert (tmp_path / "runs").read_text().count("source") == 1
+
+
+def test_force_runs_again_and_gives_the_same_artifact(store: Store, tmp_path: Path) -> None:
+    run = source_run(store, runs=str(tmp_path / "runs"))
+    first = execute(run)
+    again = execute(replace(run, force=True))
+    assert not again.cached and again.ref == first.ref
+    assert (tmp_path / "runs").read_text().count("source") == 2
+
+
+def test_keys_follow_configuration_inputs_and_sources(store: Store) -> None:
+    base = upper_run(store)
+    key = store.key(base.payload())
+    assert key == store.key(upper_run(store).payload())
+    assert key != store.key(upper_run(store, num_steps=4).payload())
+    assert key != store.key(upper_run(store, text="other").payload())
+    assert key != store.key(replace(base, source_digest="0" * 64).payload())
+    assert key == store.key(replace(base, device="cuda", store_root=Path("/elsewhere")).payload())
+    assert key == store.key(upper_run(store, patience=9.0).payload()), "a limit keeps what is in scratch"
+
+
+def measured(store: Store, run: StageRun) -> str:
+    record = store.lookup(store.key(run.payload()))
+    assert record is not None and record.telemetry is not None
+    return (store.path(record.telemetry) / "measured.txt").read_text()
+
+
+def test_measurements_are_kept_with_the_record_and_in_no_digest(store: Store) -> None:
+    run = upper_run(store)
+    ref = execute(run).ref
+    first = measured(store, run)
+    assert first.split()[2] == run.inputs["text"].digest
+    assert execute(run).cached and measured(store, run) == first
+    assert execute(replace(run, force=True)).ref == ref, "other measurements, the same artifact"
+    assert measured(store, run) != first
+    assert sorted(path.name for path in store.path(ref).iterdir()) == ["MANIFEST.json", "text.txt"]
+    [source_record] = [record for record in store.records() if record.stage == "source"]
+    assert source_record.telemetry is None, "a stage that measures nothing has none"
+
+
+def test_damaged_measurements_cost_no_recomputation(store: Store) -> None:
+    run = upper_run(store)
+    execute(run)
+    record = store.lookup(store.key(run.payload()))
+    assert record is not None and record.telemetry is not None
+    (store.path(record.telemetry) / "measured.txt").unlink()
+    assert execute(run).cached
+    assert store.verify(record.telemetry) == ["artifact missing: file measured.txt"]
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_damaged_artifact_is_found_and_made_again(store: Store, damage: str) -> None:
+    run = upper_run(store)
+    ref = execute(run).ref
+    file = store.path(ref) / "text.txt"
+    file.parent.chmod(0o755)
+    file.chmod(0o644)
+    file.unlink() if damage == "delete" else file.write_text("")
+    assert find_cached(run) is None
+    again = execute(run)
+    assert not again.cached and again.ref == ref
+    assert (store.path(ref) / "text.txt").read_text() == "HELLOxxx"
+
+
+def test_early_cut_off(store: Store) -> None:
+    """A stage that runs again and yields the same content leaves what comes after it cached."""
+    execute(upper_run(store))
+    execute(replace(source_run(store), force=True))
+    assert execute(upper_run(store)).cached
+
+
+@pytest.mark.parametrize("fail", ["mend", "bug", "disk"])
+def test_a_failure_names_its_log_and_leaves_no_artifact(store: Store, fail: str) -> None:
+    run = upper_run(store, fail=fail)
+    before = len(list(store.records()))
+    expected = ZeroDivisionError if fail == "bug" else StageError
+    with pytest.raises(expected) as caught:
+        execute(run)
+    assert any("stage.log" in note for note in caught.value.__notes__)
+    assert len(list(store.records())) == before
+    assert not list((store.root / "tmp").glob(".tmp-*"))
+    if fail == "disk":
+        assert "space" in str(caught.value)
+
+
+def test_unknown_and_missing_inputs(store: Store) -> None:
+    ref = execute(source_run(store)).ref
+    for inputs in ({}, {"text": ref, "texts": ref}):
+        with pytest.raises(TypeError, match="missing inputs"):
+            execute(StageRun(toys.upper, toys.UpperConfig(), inputs, store.root))
+
+
+def test_a_killed_stage_resumes_with_the_same_digest(store: Store, tmp_path: Path) -> None:
+    run = upper_run(store, stop_at=2)
+    child = multiprocessing.get_context("fork").Process(target=execute, args=(run,))
+    child.start()
+    child.join()
+    assert child.exitcode == -9
+    assert find_cached(run) is None
+    outcome = execute(run)
+    assert outcome.metrics == {"resumed_from": 2}
+    assert measured(store, run).startswith("2 "), "measurements are of the run that ended"
+    other = Store(tmp_path / "undisturbed")
+    assert execute(upper_run(other, stop_at=99)).ref == outcome.ref
+    assert not store.scratch(store.key(run.payload())).joinpath("steps").exists(), "scratch is cleared"
+
+
+def test_progress_is_written_whole_and_seldom(tmp_path: Path) -> None:
+    write = progress_writer(tmp_path / "progress.json")
+    for done in range(1, 101):
+        write({"done": done, "total": 100, "unit": "step", "info": {"loss": 1.0}})
+        assert json.loads((tmp_path / "progress.json").read_text())["done"] <= done
+    assert json.loads((tmp_path / "progress.json").read_text())["done"] == 100
+
+
+def test_workers_report_progress_raise_and_survive(store: Store) -> None:
+    executor = StageExecutor(jobs=1, num_threads=1)
+    try:
+        seen: list[int] = []
+        outcome = executor.run(upper_run(store, seconds=0.7), lambda p: seen.append(p.get("done", 0)))
+        assert not outcome.cached and seen and seen == sorted(seen)
+        with pytest.raises(StageError, match="remedy"):
+            executor.run(upper_run(store, fail="mend"), lambda p: None)
+        killed = upper_run(store, text="killed", stop_at=1)
+        with pytest.raises(StageError, match="died"):
+            executor.run(killed, lambda p: None, fresh=True)
+        resumed = executor.run(killed, lambda p: None, fresh=True)
+        assert resumed.metrics == {"resumed_from": 1}
+        assert executor.run(upper_run(store, num_steps=1), lambda p: None).metrics == {"resumed_from": 0}
+    finally:
+        executor.close()

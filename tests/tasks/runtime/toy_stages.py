@@ -1,0 +1,60 @@
+"""Two small stages for the tests of caching and execution: cheap, and they count how often they run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from tasks.runtime.stage import Context, Metrics, StageConfig, StageError, stage
+
+
+class SourceConfig(StageConfig):
+    text: str = "hello"
+    runs: str = ""
+    """A file that gets a line per execution."""
+
+
+@stage(kind="text")
+def source(config: SourceConfig, context: Context) -> Metrics:
+    if config.runs:
+        with Path(config.runs).open("a") as log:
+            log.write("source\n")
+    (context.output / "text.txt").write_text(config.text)
+    return {"length": len(config.text)}
+
+
+class UpperConfig(StageConfig):
+    num_steps: int = 3
+    stop_at: int | None = None
+    """Kill the process, as kill -9 does, before this step of the first attempt."""
+    fail: str = ""
+    seconds: float = 0.0
+    patience: float = 1.0
+    """Enters no key."""
+
+    unkeyed_fields: ClassVar[tuple[str, ...]] = ("patience",)
+
+
+@stage(kind="text")
+def upper(config: UpperConfig, context: Context, *, text: Path, more: Path | None = None) -> Metrics:
+    if config.fail == "mend":
+        raise StageError("the remedy is to set fail=''")
+    if config.fail == "disk":
+        raise OSError(28, "No space left on device")
+    if config.fail == "bug":
+        raise ZeroDivisionError("a bug")
+    done = context.scratch / "steps"
+    steps = done.read_text() if done.exists() else ""
+    resumed_from = len(steps)
+    for step in range(resumed_from, config.num_steps):
+        if step == config.stop_at and resumed_from == 0:
+            os.kill(os.getpid(), 9)
+        time.sleep(config.seconds)
+        steps += "x"
+        done.write_text(steps)
+        context.progress(step + 1, config.num_steps, loss=1.0 / (step + 1))
+    (context.telemetry / "measured.txt").write_text(f"{resumed_from} {time.time_ns()} {context.input_digests['text']}")
+    (context.output / "text.txt").write_text((text / "text.txt").read_text().upper() + steps)
+    return {"resumed_from": resumed_from}

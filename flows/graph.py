@@ -11,8 +11,7 @@ from artifacts.refs import Ref
 from flows.config import BranchConfig, ConfigError, RunConfig, nearest
 from tasks.base_model import base_model
 from tasks.calibrate import calibrate
-from tasks.data.benchmark_rows import HUB
-from tasks.data.benchmarks import BENCHMARKS, BenchmarkName
+from tasks.data.benchmarks import BENCHMARKS, HUB, BenchmarkName
 from tasks.dataset import DatasetConfig, dataset
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation.config import UNSAMPLED

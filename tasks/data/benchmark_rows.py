@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.data import sources
-from tasks.data.benchmarks import BENCHMARKS, BenchmarkName, HubDataset, RowForm
+from tasks.data.benchmarks import BENCHMARKS, HUB, BenchmarkName, HubDataset, RowForm
 from tasks.data.commonsense import ReadRow
 from tasks.data.fields import Example, FieldMap, Row, to_example
 from tasks.runtime.stage import StageError
 
-HUB = "hub"
-"""In place of a folder: the benchmark's own data sets on the hub."""
 COPY_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
 

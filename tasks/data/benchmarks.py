@@ -27,6 +27,9 @@ BenchmarkName = Literal[
     "winogrande", "hellaswag", "arc_easy", "arc_challenge", "piqa",
 ]  # fmt: skip
 
+HUB = "hub"
+"""In place of a folder: the benchmark's own data sets on the hub."""
+
 ARC_REVISION = "210d026faf9955653af8916fad021475a3f00453"
 ARC_COLUMNS = ("id", "question", "choices", "answerKey")
 MATH_SUFFIX = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."

@@ -7,11 +7,12 @@ tokenizer must not add a second one.
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from tasks.runtime.stage import StageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 THINK_OPEN = "<think>"
 _PROBE = "turn-end-probe"

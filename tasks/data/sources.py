@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from tasks.data.fields import Example, Row
 from tasks.runtime.stage import StageError
 
@@ -68,6 +66,8 @@ def files_digest(files: Sequence[Path]) -> str:
 
 def read_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """Rows of JSON Lines, parquet and CSV files; a plain text file gives a row {"text": ...} per line."""
+    import pyarrow.parquet as pq
+
     for file in files:
         if file.name.endswith(".parquet"):
             for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
@@ -83,6 +83,8 @@ def read_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 def read_dataset(folder: Path) -> list[Example]:
     """The examples of a dataset artifact."""
+    import pyarrow.parquet as pq
+
     return [Example(**row) for row in pq.read_table(folder / "data.parquet").to_pylist()]
 
 

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks.data.benchmark_rows import HUB, benchmark_digest, read_benchmark
-from tasks.data.benchmarks import BENCHMARKS, MATH_SUFFIX, BenchmarkName
+from tasks.data.benchmark_rows import benchmark_digest, read_benchmark
+from tasks.data.benchmarks import BENCHMARKS, HUB, MATH_SUFFIX, BenchmarkName
 from tasks.dataset import DatasetConfig, dataset, source_digest
 from tasks.runtime.stage import Context, StageError
 

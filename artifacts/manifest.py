@@ -1,19 +1,22 @@
-"""An artifact's list of files with sizes and hashes: it gives the digest, and soundness is checked by it."""
+"""A sealed folder: its list of files with sizes and hashes gives the digest, and soundness is checked by it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from artifacts.files import file_sha256, flush
 from artifacts.keys import digest
 from artifacts.refs import Ref
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 READ_ONLY = 0o444
+HASHING_THREADS = min(4, os.cpu_count() or 1)  # hashing gives up the interpreter's lock
 
 
 @dataclass(frozen=True, order=True)
@@ -48,9 +51,7 @@ def reference(kind: str, entries: list[FileEntry]) -> Ref:
 
 def seal(folder: Path, ref: Ref, entries: list[FileEntry]) -> None:
     """Write the manifest, make every file read-only, and flush files and folders to the disk."""
-    files = [asdict(entry) for entry in entries]
-    content = {"format": FORMAT, "kind": ref.kind, "digest": ref.digest, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / MANIFEST).write_text(_text(ref, entries))
     for name in [*(entry.path for entry in entries), MANIFEST]:
         os.chmod(folder / name, READ_ONLY)
         flush(folder / name)
@@ -59,31 +60,58 @@ def seal(folder: Path, ref: Ref, entries: list[FileEntry]) -> None:
     flush(folder)
 
 
+def _text(ref: Ref, entries: list[FileEntry]) -> str:
+    files = [asdict(entry) for entry in entries]
+    return json.dumps({"format": FORMAT, "kind": ref.kind, "digest": ref.digest, "files": files}, indent=1) + "\n"
+
+
+def sealed_as(folder: Path) -> Ref:
+    """What a folder's manifest calls it. OSError or ValueError if it cannot be read; nothing else is checked."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        return Ref(content["kind"], content["digest"])
+    except (TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"no manifest: {error!r}") from error
+
+
 def problems(folder: Path, ref: Ref, full: bool) -> list[str]:
-    """What is wrong with artifact `ref` at `folder`; empty if sound. `full` also hashes every file again."""
+    """What is wrong with artifact `ref` at `folder`; empty if sound.
+
+    Sizes are compared, and a file written to after the manifest is hashed; `full` hashes every file (once per process).
+    """
     if not folder.is_dir():
         return [f"artifact missing: no folder for {ref.kind}:{ref.short}"]
     try:
-        entries = [FileEntry(**entry) for entry in json.loads((folder / MANIFEST).read_bytes())["files"]]
+        text = (folder / MANIFEST).read_bytes()
+        entries = [FileEntry(**entry) for entry in json.loads(text)["files"]]
         named = reference(ref.kind, entries)
+        sealed = (folder / MANIFEST).stat().st_mtime_ns
     except FileNotFoundError:
         return [f"artifact missing: file {MANIFEST}"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return [f"manifest unreadable: {error}"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return [f"manifest unreadable ({MANIFEST}): {error}"]
     if named != ref:
         return [f"manifest describes another artifact, {named.kind}:{named.short}"]
-    found = [problem for entry in entries if (problem := _file_problem(folder, entry, full))]
+    if text != _text(ref, entries).encode():
+        return [f"content differs: {MANIFEST} was changed"]
+
+    def problem(entry: FileEntry) -> str | None:
+        return _file_problem(folder, entry, lambda modified: full or modified > sealed)
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        found = [text for text in (pool.map if full else map)(problem, entries) if text is not None]
     return found + _unexpected(folder, {entry.path for entry in entries} | {MANIFEST})
 
 
-def _file_problem(folder: Path, entry: FileEntry, full: bool) -> str | None:
+def _file_problem(folder: Path, entry: FileEntry, is_hashed: Callable[[int], bool]) -> str | None:
     path = folder / entry.path
     if path.is_symlink() or not path.is_file():
         return f"artifact missing: file {entry.path}"
-    if (size := path.stat().st_size) != entry.size:
-        return f"size differs: {entry.path} has {size} bytes, the manifest says {entry.size}"
+    state = path.stat()
+    if state.st_size != entry.size:
+        return f"size differs: {entry.path} has {state.st_size} bytes, the manifest says {entry.size}"
     try:
-        if full and file_sha256(path) != entry.sha256:
+        if is_hashed(state.st_mtime_ns) and file_sha256(path) != entry.sha256:
             return f"content differs: {entry.path} does not have the sha256 of the manifest"
     except OSError as error:
         return f"unreadable: {entry.path}: {error.strerror}"
@@ -95,18 +123,3 @@ def _unexpected(folder: Path, names: set[str]) -> list[str]:
     present = (path for path in folder.rglob("*") if not path.is_dir())
     extra = sorted(path.relative_to(folder).as_posix() for path in present if not path.name.startswith("."))
     return [f"unexpected file: {name}" for name in extra if name not in names]
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's contents, read in chunks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

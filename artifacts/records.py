@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,8 @@ from typing import Any
 from artifacts.keys import canonical
 from artifacts.refs import Ref
 
-FORMAT = 1
+FORMAT = 2
+FORMAT_WITHOUT_CHECKSUM = 1  # read, not written
 PAYLOAD_FIELDS = ("stage", "version", "code", "config", "inputs")
 LONGEST_VALUE = 60  # characters of a value shown in a difference
 
@@ -47,18 +49,30 @@ class Record:
             "telemetry": None if self.telemetry is None else str(self.telemetry),
         }
 
+    def to_json(self) -> bytes:
+        """The record's file: its data and their checksum."""
+        data = self.to_dict()
+        return json.dumps({**data, "sha256": _checksum(data)}, indent=1).encode() + b"\n"
+
     @classmethod
     def from_json(cls, text: bytes) -> Record:
-        """Raises ValueError if `text` is truncated or is not a record."""
+        """Raises ValueError if `text` is damaged or is not a record."""
         try:
             data = json.loads(text)
+            expected = data.pop("sha256", None)
+            if (expected or data.get("format") != FORMAT_WITHOUT_CHECKSUM) and expected != _checksum(data):
+                raise ValueError("it does not have its checksum")
             payload, provenance = data["payload"], data["provenance"]
             if not (isinstance(provenance, dict) and set(PAYLOAD_FIELDS) == set(payload)):
                 raise ValueError("fields missing")
             telemetry = Ref.parse(data["telemetry"]) if data.get("telemetry") else None
             return cls(str(data["key"]), payload, Ref.parse(data["ref"]), provenance, str(data["created"]), telemetry)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a record: {error!r}") from error
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _json_data(value: Any) -> Any:

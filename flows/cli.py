@@ -249,21 +249,25 @@ def show(
         store = Store()
         ref = store.resolve(digest)
         problems = store.verify(ref, full=verify)
-        path = store.path(ref) if not problems else None
+        path = store.folder(ref)
+        aside = store.quarantine(ref, "; ".join(problems)) if problems and verify else None
     checked = "hashes" if verify else "sizes"
     console.print(f"[bold]{ref.kind}[/] {ref.digest}", highlight=False, soft_wrap=True)
     console.print(
-        f"path   {path}\nintact {'yes (' + checked + ')' if path else 'NO: ' + '; '.join(problems)}", soft_wrap=True
+        f"path   {aside or path}\nintact {'NO: ' + '; '.join(problems) if problems else 'yes (' + checked + ')'}",
+        soft_wrap=True,
     )
     for record in (r for r in store.records() if r.ref == ref):
         console.print_json(json.dumps(record.to_dict()))
         if record.telemetry is not None:
             show_telemetry(store, record.telemetry, console)
     if problems:
-        errors.print("run the recipe that made it again: the stage is recomputed")
+        done = "set aside" if aside else "the next run that meets it, or `show --verify`, sets it aside"
+        errors.print(f"{done}; run the recipe that made it: its stage is computed again")
         raise typer.Exit(EXIT_FAILED)
-    if ref.kind == KIND and path is not None:
-        show_evaluation(path, console)
+    if ref.kind == KIND:
+        with clear_errors():
+            show_evaluation(store.path(ref), console)
 
 
 @app.command(epilog="Example:  reasoning-qat compare 3f2a91 b07c44 --output regressions.html")

@@ -41,10 +41,10 @@ def show_evaluation(folder: Path, console: Console) -> None:
 
 def show_telemetry(store: Store, ref: Ref, console: Console) -> None:
     """Print what was measured while an artifact was made."""
-    if found := store.verify(ref):
+    if found := store.verify(ref, full=True):
         console.print(Text(f"telemetry {'; '.join(found)}"))
         return
-    folder = store.path(ref)
+    folder = store.folder(ref)
     facts: dict[str, Any] = {"measured in": folder}
     if (folder / "timings.parquet").exists():
         timings = pd.read_parquet(folder / "timings.parquet")
@@ -131,7 +131,7 @@ def _figures(before: pd.DataFrame, after: pd.DataFrame, names: tuple[str, str]) 
 def _prompts(store: Store, record: Record) -> dict[str, str]:
     """Problem texts by id, from the data set that was evaluated; empty where that is gone."""
     data = Ref.parse(record.payload["inputs"]["data"])
-    if store.verify(data):
+    if store.verify(data, full=True):
         return {}
-    problems = pd.read_parquet(store.path(data) / "data.parquet", columns=["id", "prompt"])
+    problems = pd.read_parquet(store.folder(data) / "data.parquet", columns=["id", "prompt"])
     return dict(zip(problems["id"], problems["prompt"], strict=True))

@@ -74,11 +74,14 @@ class Outcome:
 
 
 def find_cached(run: StageRun) -> Outcome | None:
-    """The verified cache hit of this run, or None; a forced run never hits."""
+    """The cache hit of this run, every byte of it verified, or None; a forced run never hits.
+
+    What is damaged is set aside, so that the run which asks makes it again before anything reads it.
+    """
     if run.force:
         return None
     store = Store(run.store_root)
-    record = store.lookup(store.key(run.payload()))
+    record = store.lookup(store.key(run.payload()), full=True)
     return None if record is None else Outcome(record.ref, True, record.provenance.get("metrics", {}))
 
 

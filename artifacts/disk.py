@@ -1,0 +1,61 @@
+"""What a full, read-only or nonsensical place means to the user, whichever library met it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT_VARIABLE = "REASONING_QAT_STORE"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# safetensors, pyarrow, sqlite and torch raise types of their own that carry the system's words, not its number.
+FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "database or disk is full")
+LONGEST_PATH = 100
+
+
+class StoreError(Exception):
+    """The store cannot do what was asked; the message names the remedy."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it was raised from, says that the disk or a quota is full."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if isinstance(error, Exception) and any(words in str(error) for words in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def disk_errors(root: Path, about: str = "") -> Iterator[None]:
+    """Turn what the file system says inside into one StoreError that names the store, the cause and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        cause, remedy = _cause(error)
+        message = f"{cause} (store {shown(root)}): {remedy}, or set {ROOT_VARIABLE} to another folder"
+        if about:
+            message = f"{about}: {message}"
+        raise StoreError(message) from error
+
+
+def _cause(error: OSError) -> tuple[str, str]:
+    at = f": {shown(error.filename)}" if error.filename else ""
+    if is_full(error):
+        return "the disk is full", "free space"
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"a file is where a folder is needed{at}", "move it away"
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return f"not writable{at}", "make the folder writable"
+    return f"{error.strerror or error}{at}", "mend the folder"
+
+
+def shown(path: object) -> str:
+    """A path for a message: of a long one its end."""
+    text = str(path)
+    return text if len(text) <= LONGEST_PATH else "..." + text[3 - LONGEST_PATH :]

@@ -249,14 +249,11 @@ def show(
         store = Store()
         ref = store.resolve(digest)
         problems = store.verify(ref, full=verify)
-        path = store.folder(ref)
         aside = store.quarantine(ref, "; ".join(problems)) if problems and verify else None
-    checked = "hashes" if verify else "sizes"
+        path = aside or store.folder(ref)
+    intact = "NO: " + "; ".join(problems) if problems else f"yes ({'hashes' if verify else 'sizes'})"
     console.print(f"[bold]{ref.kind}[/] {ref.digest}", highlight=False, soft_wrap=True)
-    console.print(
-        f"path   {aside or path}\nintact {'NO: ' + '; '.join(problems) if problems else 'yes (' + checked + ')'}",
-        soft_wrap=True,
-    )
+    console.print(f"path   {path}\nintact {escape(intact)}", soft_wrap=True)
     for record in (r for r in store.records() if r.ref == ref):
         console.print_json(json.dumps(record.to_dict()))
         if record.telemetry is not None:

@@ -14,7 +14,12 @@ MOST_LINES = 300
 
 
 def sources() -> list[Path]:
-    return [p for room in ROOMS for p in sorted((REPOSITORY / room).rglob("*.py")) if "store" not in p.relative_to(REPOSITORY).parts]
+    return [
+        p
+        for room in ROOMS
+        for p in sorted((REPOSITORY / room).rglob("*.py"))
+        if "store" not in p.relative_to(REPOSITORY).parts
+    ]
 
 
 def module_name(path: Path) -> str:

@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.common import peak_mb
-from quant.grids.scheme import Scheme
+from quant.grids.scheme import ScaleMode, Scheme
 from quant.methods.flatquant import initial_sites, learnable
-from quant.student.linear import ScaleMode, prepare
+from quant.student.linear import prepare
 from quant.student.site_tensors import build_sites
 from quant.student.sites import INPUT_SITES, decoder_layers
 from quant.student.targets import target_linears

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from artifacts.records import Record
 from artifacts.store import Store, StoreError
-
-if TYPE_CHECKING:
-    from artifacts.records import Record
-    from flows.config import RunConfig
+from flows.config import ConfigError
+from flows.graph import build_graph, check_stage_names
+from flows.recipes import RECIPES, configured
+from flows.server import ServerError
+from flows.stage_runs import check_request
+from flows.terminal import console, errors
+from tasks.runtime.stage import StageError
 
 app = typer.Typer(
     name="reasoning-qat",
@@ -28,29 +30,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console()
-errors = Console(stderr=True)
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes, read from the source so that completion needs no heavy import."""
-    tree = ast.parse((Path(__file__).parent / "recipes.py").read_text())
-    return [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "recipe" for d in node.decorator_list)
-    ]
+    """Names of the recipes, for completion."""
+    return list(RECIPES)
 
 
 Recipe = Annotated[str, typer.Argument(help="A recipe; see `reasoning-qat recipes`.", autocompletion=recipe_names)]
 Sets = Annotated[
     list[str], typer.Option("--set", help="section.field=value on all branches; label:section.field=value on one.")
 ]
-Branches = Annotated[list[str], typer.Option("--branch", help="Only branches whose label contains this text.")]
+Branches = Annotated[list[str], typer.Option("--branch", help="Only this branch; a part of a name is written *part*.")]
 Force = Annotated[list[str], typer.Option("--force", help="Run this stage again although it is cached.")]
-Until = Annotated[str | None, typer.Option("--until", help="The last stage to run, for example ptq_init.")]
+Until = Annotated[str | None, typer.Option("--until", help="This stage and what it needs, for example ptq_init.")]
 Checkpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="Evaluate the checkpoint with this digest instead of the branches.")
 ]
@@ -59,22 +54,14 @@ Checkpoint = Annotated[
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """One message with the remedy instead of a traceback for everything a user can mend."""
-    from flows.server import ServerError
-
     try:
         yield
     except KeyboardInterrupt:
         errors.print("\ninterrupted; the same command resumes from the last checkpoint", style="yellow")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except (StoreError, ServerError) as error:
-        _fail(error, EXIT_FAILED)
-    except ValueError as error:
-        if type(error).__name__ != "ConfigError":
-            raise
+    except ConfigError as error:
         _fail(error, EXIT_BAD_INPUT)
-    except Exception as error:
-        if type(error).__name__ != "StageError":
-            raise
+    except (StoreError, ServerError, StageError) as error:
         _fail(error, EXIT_FAILED)
 
 
@@ -82,33 +69,6 @@ def _fail(error: Exception, code: int) -> None:
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
     errors.print(f"[bold red]error:[/] {escape(str(error) + notes)}", highlight=False)
     raise typer.Exit(code) from error
-
-
-def load_run(recipe: str, sets: list[str], branches: list[str], checkpoint: str | None) -> RunConfig:
-    """The configured run of a recipe; ConfigError names the nearest valid name."""
-    from flows.config import ConfigError, nearest
-    from flows.recipes import configured
-
-    if recipe not in recipe_names():
-        raise ConfigError(f"unknown recipe {recipe!r}; {nearest(recipe, recipe_names())}")
-    return configured(recipe, sets, branches, checkpoint)
-
-
-def check_request(recipe: str, sets: list[str], branches: list[str], checkpoint: str | None, stages: list[str]) -> None:
-    """Tell bad input before any compute is spent: unknown names, values that do not fit, missing local files."""
-    from flows.graph import build_graph, check_stage_names
-    from flows.stage_runs import stage_run
-    from tasks.base_model import local_folder
-    from tasks.ptq_init import check_fits
-
-    check_stage_names(stages)
-    run = load_run(recipe, sets, branches, checkpoint)
-    for node in build_graph(run).nodes.values():
-        stage_run(node, Store(), "cpu", [])
-    for branch in run.branches.values():
-        folder = local_folder(branch.base_model.model) if branch.base_model is not None else None
-        if branch.ptq_init is not None and folder is not None:
-            check_fits(branch.ptq_init, folder)
 
 
 @app.command(
@@ -168,18 +128,13 @@ def plan(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Show per stage HIT or MISS and why, without running anything."""
-    from flows.server import configure
-
-    configure()
     with clear_errors():
-        from flows.graph import build_graph, check_stage_names
         from flows.plan import plan_graph
-        from flows.stage_runs import Resources
 
-        configured_run = load_run(recipe, sets, branch, checkpoint)
+        configured_run = configured(recipe, sets, branch, checkpoint)
         check_stage_names(force)
         graph = build_graph(configured_run, until)
-        planned = plan_graph(graph, Store(), Resources.detect().device, force)
+        planned = plan_graph(graph, Store(), force)
     table = Table("stage", "status", "why", "artifact", title=f"{recipe}: {len(configured_run.branches)} branches")
     for item in planned:
         colour = "cyan" if item.status == "HIT" else "yellow"
@@ -200,11 +155,6 @@ def plan(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    from flows.server import configure
-
-    configure()
-    from flows.recipes import RECIPES
-
     table = Table("recipe", "branches", "what it is")
     for name, make in RECIPES.items():
         made = make()
@@ -215,15 +165,19 @@ def recipes() -> None:
 @app.command()
 def ls(
     stage: Annotated[str | None, typer.Option(help="Only artifacts of this stage.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON record per line.")] = False,
+    most: Annotated[int, typer.Option("--most", min=0, help="The newest so many; 0 lists all.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON record per line, all of them.")] = False,
 ) -> None:
     """List the artifacts in the store, newest last."""
-    records = [r for r in Store().records() if stage in (None, r.stage)]
-    records.sort(key=lambda r: r.created)
+    with clear_errors():
+        records = [record for record in Store().records() if stage in (None, record.stage)]
     if as_json:
         for record in records:
             typer.echo(json.dumps(record.to_dict()))
         return
+    if older := max(0, len(records) - most) if most else 0:
+        console.print(f"[dim]{older:,} older ones are left out; --most 0 lists all[/]")
+        records = records[older:]
     table = Table("made", "stage", "kind", "digest", "seconds", "result")
     for record in records:
         seconds = f"{record.provenance.get('wall_seconds', 0):.1f}"

@@ -8,37 +8,17 @@ from typing import Any
 
 from artifacts.keys import digest
 from artifacts.refs import Ref
-from flows.config import BranchConfig, ConfigError, RunConfig, nearest
-from tasks.base_model import base_model
-from tasks.calibrate import calibrate
+from flows.branches import SECTIONS, STAGES, BranchConfig
+from flows.config import ConfigError, RunConfig, nearest
 from tasks.data.benchmarks import BENCHMARKS, HUB, BenchmarkName
 from tasks.dataset import DatasetConfig, dataset
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation.config import UNSAMPLED
-from tasks.grpo_train import grpo_train
-from tasks.kd_train import kd_train
-from tasks.pretrain import pretrain
-from tasks.ptq_init import ptq_init
 from tasks.runtime.stage import Stage, StageConfig
-from tasks.sft_train import sft_train
-from tasks.teacher_topk import teacher_topk
 
-STAGES: dict[str, Stage] = {
-    s.name: s
-    for s in (
-        base_model,
-        pretrain,
-        dataset,
-        calibrate,
-        ptq_init,
-        teacher_topk,
-        sft_train,
-        kd_train,
-        grpo_train,
-        evaluate,
-    )
-}
-STAGE_ORDER = ("calibrate", "ptq_init", "teacher_topk", "sft_train", "kd_train", "grpo_train", "evaluate", "report")
+REPORT = "report"
+STAGE_NAMES = (*dict.fromkeys([*STAGES, *SECTIONS]), REPORT)
+"""What --until and --force take: stages, and the branch sections that are data sets."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +36,10 @@ class Node:
     def label(self) -> str:
         more = f" +{len(self.branches) - 1}" if len(self.branches) > 1 else ""
         return f"{self.role} [{self.branches[0]}{more}]"
+
+    def is_called(self, names: Iterable[str]) -> bool:
+        """Whether one of the names is its stage's, or its section's."""
+        return bool({self.stage.name, self.role.partition(":")[0]} & set(names))
 
 
 @dataclass
@@ -83,6 +67,24 @@ class Graph:
         """How many stages would run if no branch shared any."""
         return sum(len(set(roles.values())) for roles in self.roles.values())
 
+    def until(self, name: str) -> Graph:
+        """The part that the stage or section of this name needs, itself included; ConfigError if there is none."""
+        kept = {identity for identity, node in self.nodes.items() if node.is_called([name])}
+        if not kept:
+            raise ConfigError(f"no selected branch has a stage {name!r}; {nearest(name, self._names())}")
+        for identity in reversed(self.nodes):
+            if identity in kept:
+                kept.update(self.nodes[identity].inputs.values())
+        nodes = {identity: node for identity, node in self.nodes.items() if identity in kept}
+        roles = {
+            label: {role: identity for role, identity in by_role.items() if identity in kept}
+            for label, by_role in self.roles.items()
+        }
+        return Graph(nodes, self.given, {label: by_role for label, by_role in roles.items() if by_role})
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(node.stage.name for node in self.nodes.values()))
+
 
 def evaluation_roles(roles: Iterable[str]) -> list[tuple[str, str]]:
     """(evaluation, its problems) of a branch among the branch's roles: its own evaluation and one per benchmark."""
@@ -91,61 +93,55 @@ def evaluation_roles(roles: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def build_graph(run: RunConfig, until: str | None = None) -> Graph:
-    """The union of the run's branches; with `until`, without what comes after that stage.
+    """The union of the run's branches; with `until`, that stage and what it needs.
 
-    Raises ConfigError for an unknown stage name.
+    Raises ConfigError for an unknown stage name, and for one that no branch has.
     """
     if until is not None:
         check_stage_names([until])
     graph = Graph()
     for label, branch in run.branches.items():
-        _add_branch(graph, label, _cut(branch, until))
-    return graph
+        _add_branch(graph, label, branch)
+    return graph if until in (None, REPORT) else graph.until(str(until))
 
 
 def check_stage_names(names: Iterable[str]) -> None:
     """Raise ConfigError for a name that is no stage."""
-    valid = (*STAGES, "report")
     for name in names:
-        if name not in valid:
-            raise ConfigError(f"unknown stage {name!r}; {nearest(name, valid)}")
-
-
-def _cut(branch: BranchConfig, until: str | None) -> BranchConfig:
-    if until not in STAGE_ORDER:
-        return branch
-    after = [s for s in STAGE_ORDER[STAGE_ORDER.index(until) + 1 :] if s in BranchConfig.model_fields]
-    return branch.model_copy(update=dict.fromkeys(after))
+        if name not in STAGE_NAMES:
+            raise ConfigError(f"unknown stage {name[:60]!r}; {nearest(name, STAGE_NAMES)}")
 
 
 def _add_branch(graph: Graph, label: str, branch: BranchConfig) -> None:
-    def add(role: str, stage: Stage, config: StageConfig, **inputs: str) -> str:
-        return graph.add(label, role, stage, config, **inputs)
-
-    def data(role: str) -> str:
-        return add(role, dataset, getattr(branch, role))
-
+    """Each section by its stage's declaration: its inputs from the slots that earlier ones gave."""
+    slots: dict[str, str] = {}
     if branch.checkpoint is not None:
-        base = graph.give(Ref("checkpoint", branch.checkpoint))
-    elif branch.pretrain is not None:
-        base = add("pretrain", pretrain, branch.pretrain)
-    else:
-        assert branch.base_model is not None
-        base = add("base_model", base_model, branch.base_model)
-    student, inputs = base, {"base": base}
-    if branch.calibrate is not None:
-        inputs["calibration"] = add("calibrate", calibrate, branch.calibrate, base=base, data=data("calibration_data"))
-    if branch.ptq_init is not None:
-        student = add("ptq_init", ptq_init, branch.ptq_init, **inputs)
-    student = _add_training(add, data, branch, base, student)
-    if branch.evaluate is None:
-        return
-    if branch.test_data is not None:
-        add("evaluate", evaluate, branch.evaluate, checkpoint=student, data=data("test_data"))
+        slots = dict.fromkeys(("base", "model"), graph.give(Ref("checkpoint", branch.checkpoint)))
+    sections = list(branch.sections())
+    wanted = {slot for _, stage, _ in sections for slot in stage.reads.values()}
+    for name, stage, config in sections:
+        is_data = not stage.gives and not stage.reads
+        if is_data and name not in wanted:
+            continue
+        if isinstance(config, EvaluateConfig):
+            _add_evaluations(graph, label, branch, config, slots)
+            continue
+        inputs = {input_name: slots[slot] for input_name, slot in stage.reads.items() if slot in slots}
+        identity = graph.add(label, name, stage, config, **inputs)
+        slots |= dict.fromkeys((name,) if is_data else stage.gives, identity)
+
+
+def _add_evaluations(
+    graph: Graph, label: str, branch: BranchConfig, config: EvaluateConfig, slots: dict[str, str]
+) -> None:
+    """The branch's own test set, where it has one, and each benchmark."""
+    model = slots["model"]
+    if "test_data" in slots:
+        graph.add(label, "evaluate", evaluate, config, checkpoint=model, data=slots["test_data"])
     for name in branch.benchmarks:
-        config = DatasetConfig(benchmark=name, source=branch.benchmark_data or HUB)
-        problems = add(f"test_data:{name}", dataset, config)
-        add(f"evaluate:{name}", evaluate, on_benchmark(branch.evaluate, name), checkpoint=student, data=problems)
+        source = DatasetConfig(benchmark=name, source=branch.benchmark_data or HUB)
+        problems = graph.add(label, f"test_data:{name}", dataset, source)
+        graph.add(label, f"evaluate:{name}", evaluate, on_benchmark(config, name), checkpoint=model, data=problems)
 
 
 def on_benchmark(config: EvaluateConfig, name: BenchmarkName) -> EvaluateConfig:
@@ -157,18 +153,3 @@ def on_benchmark(config: EvaluateConfig, name: BenchmarkName) -> EvaluateConfig:
     if benchmark.kind != "code":
         asked["unsafe_code"] = False
     return config.model_copy(update=asked)
-
-
-def _add_training(add, data, branch: BranchConfig, base: str, student: str) -> str:  # type: ignore[no-untyped-def]
-    if branch.sft_train is not None:
-        student = add("sft_train", sft_train, branch.sft_train, student=student, data=data("train_data"))
-    if branch.kd_train is not None:
-        inputs = {"student": student, "teacher": base, "data": data("train_data")}
-        if branch.teacher_topk is not None:
-            inputs["teacher_topk"] = add(
-                "teacher_topk", teacher_topk, branch.teacher_topk, teacher=base, data=inputs["data"]
-            )
-        student = add("kd_train", kd_train, branch.kd_train, **inputs)
-    if branch.grpo_train is not None:
-        student = add("grpo_train", grpo_train, branch.grpo_train, student=student, data=data("rl_data"))
-    return student

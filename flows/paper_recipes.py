@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.config import BranchConfig, RunConfig
+from flows.branches import BranchConfig
+from flows.config import RunConfig
 from tasks.base_model import BaseModelConfig
 from tasks.calibrate import CalibrateConfig
 from tasks.data.benchmarks import MATH_SUFFIX, BenchmarkName

@@ -22,7 +22,7 @@ class Planned:
     ref: Ref | None = None
 
 
-def plan_graph(graph: Graph, store: Store, device: str, forced: Sequence[str] = ()) -> list[Planned]:
+def plan_graph(graph: Graph, store: Store, forced: Sequence[str] = ()) -> list[Planned]:
     """Resolve every node against the store, in the order of the data flow.
 
     A stage whose inputs are not there yet is a MISS that may still turn into a hit (early cut-off): when the stage
@@ -31,7 +31,7 @@ def plan_graph(graph: Graph, store: Store, device: str, forced: Sequence[str] = 
     planned: list[Planned] = []
     known = dict(graph.given)
     for node in graph.nodes.values():
-        item = _plan_node(node, graph, known, stage_run(node, store, device, forced))
+        item = _plan_node(node, graph, known, stage_run(node, store, "cpu", forced))
         planned.append(item)
         if item.ref is not None:
             known[node.id] = item.ref

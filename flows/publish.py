@@ -12,8 +12,8 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 
 from flows.config import RunConfig
 from flows.graph import Graph
-from tasks.report import COMPARISONS_FILE, LADDER_FILE
 from tasks.reporting import figures, tables
+from tasks.reporting.build import COMPARISONS_FILE, LADDER_FILE
 from tasks.reporting.comparisons import comparison_text
 from tasks.runtime.execute import Outcome
 

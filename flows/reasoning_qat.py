@@ -9,18 +9,18 @@ from typing import Annotated
 from prefect import flow
 from prefect.futures import wait
 from pydantic import AfterValidator, Field
-from rich.console import Console
 
 from artifacts.refs import Ref
 from artifacts.store import Store
 from flows.config import RunConfig, nearest
 from flows.display import RunDisplay
-from flows.graph import STAGES, Graph, build_graph, check_stage_names, evaluation_roles
+from flows.graph import STAGE_NAMES, Graph, build_graph, check_stage_names, evaluation_roles
 from flows.publish import publish_lineage, publish_report
 from flows.recipes import RECIPES, configured
 from flows.reporting import report_run
 from flows.runner import submit_graph
 from flows.stage_runs import Resources
+from flows.terminal import errors
 from tasks.runtime.execute import Outcome
 from tasks.runtime.executor import StageExecutor
 from tasks.runtime.prefect_tasks import TaskOptions, stage_task
@@ -39,7 +39,7 @@ def _known_stage(name: str) -> str:
 
 # The UI shows the names as a choice; a name typed on the command line is checked before the run starts.
 RecipeName = Annotated[str, AfterValidator(_known_recipe), Field(json_schema_extra={"enum": list(RECIPES)})]
-StageName = Annotated[str, AfterValidator(_known_stage), Field(json_schema_extra={"enum": [*STAGES, "report"]})]
+StageName = Annotated[str, AfterValidator(_known_stage), Field(json_schema_extra={"enum": list(STAGE_NAMES)})]
 
 
 @flow(name="reasoning-qat", flow_run_name="{recipe}", persist_result=False)
@@ -98,9 +98,8 @@ def run_graph(
     check_stage_names(force)
     store, resources = Store(), Resources.detect(jobs)
     executor = StageExecutor(resources.jobs, resources.num_threads)
-    console = Console(stderr=True)
     try:
-        with RunDisplay(console, len(graph.nodes) + int(report_command is not None)) as display:
+        with RunDisplay(errors, len(graph.nodes) + int(report_command is not None)) as display:
             options = {"only_cached": only_cached, "on_event": display}
             futures = submit_graph(graph, store, executor, resources, options=options, forced=force)
             wait(list(futures.values()))

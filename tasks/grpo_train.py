@@ -32,9 +32,10 @@ from tasks.runtime.stage import Context, Metrics, StageError, stage
 from tasks.sampling.engine import Completion, Engine, Request, SamplingParams, open_engine
 from tasks.sampling.tokens import response_text, stop_token_ids
 from tasks.sampling.transformers_engine import TransformersEngine
+from tasks.training.config import StudentConfig
 from tasks.training.objectives import GRPOObjective
 from tasks.training.rollouts import Generate, Grade, Problem, RolloutBatches, RolloutConfig, sample_rows
-from tasks.training.student import StudentConfig, select_trainable
+from tasks.training.student import select_trainable
 from tasks.training.student_training import read_rows, train_student
 
 ROLLOUTS_FILE = "rollouts.parquet"
@@ -66,8 +67,8 @@ class GRPOTrainConfig(StudentConfig, RolloutConfig):
 
 @stage(
     kind="checkpoint",
-    reads={"student": "model", "data": "rl_data"},
-    gives="model",
+    reads={"student": "student", "data": "rl_data"},
+    gives=("student", "model"),
     log="training_log.jsonl",
     packages=lambda config: (
         "torch",

@@ -11,38 +11,27 @@ of 8.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-import torch
-from pydantic import Field
-
-from tasks.checkpoints.models import load_model, load_student, load_tokenizer
-from tasks.runtime.stage import Context, Metrics, StageError, stage
-from tasks.training.batches import TokenBatches
-from tasks.training.losses import Direction
-from tasks.training.objectives import KDObjective
-from tasks.training.student import StudentConfig, select_trainable
-from tasks.training.student_training import TraceConfig, read_examples, train_student
-from tasks.training.topk import TopKCache
+from tasks.runtime.bounds import Count, Positive, Rate, Whole
+from tasks.runtime.stage import Context, Metrics, stage
+from tasks.training.config import LOG_FILE, Direction, Precision, StudentConfig, TraceConfig
 
 
 class KDTrainConfig(StudentConfig, TraceConfig):
-    steps: int = 6000
-    learning_rate: float = 1e-6
-    warmup_steps: int = 180
-    batch_size: int = 32
-    micro_batch_size: int = 8
+    steps: Count = 6000
+    learning_rate: Rate = 1e-6
+    warmup_steps: Whole = 180
     direction: Direction = "forward"
-    temperature: float = Field(default=1.0, gt=0)
-    teacher_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    temperature: Positive = 1.0
+    teacher_dtype: Precision = "bfloat16"
     """Precision of the teacher's weights and forward pass; bf16 is the model that the paper calls full precision."""
 
 
 @stage(
     kind="checkpoint",
-    reads={"student": "model", "teacher": "base", "data": "train_data", "teacher_topk": "teacher_topk"},
-    gives="model",
-    log="training_log.jsonl",
+    reads={"student": "student", "teacher": "base", "data": "train_data", "teacher_topk": "teacher_topk"},
+    gives=("student", "model"),
+    log=LOG_FILE,
     packages=lambda config: ("torch", "transformers"),
 )
 def kd_train(
@@ -55,19 +44,6 @@ def kd_train(
     teacher_topk: Path | None = None,
 ) -> Metrics:
     """Minimise the KL divergence to `teacher` on `data`, or to its cached log-probabilities `teacher_topk`."""
-    examples, counts = read_examples(data, load_tokenizer(student), config)
-    model = load_student(student, config.scale_mode, context.device, config.attention)
-    select_trainable(model, config)
-    cache = None if teacher_topk is None else TopKCache(teacher_topk, examples, config.temperature)
-    full = None
-    if cache is None:
-        full = load_model(teacher, getattr(torch, config.teacher_dtype), context.device, config.attention)
-        full.requires_grad_(False)
-        if full.config.vocab_size != model.config.vocab_size:
-            raise StageError(
-                f"teacher and student differ in vocabulary size ({full.config.vocab_size} and "
-                f"{model.config.vocab_size}): distil from the model that the student was quantized from"
-            )
-    objective = KDObjective(model, full, config.direction, config.temperature)
-    metrics = train_student(model, objective, TokenBatches(examples, config, cache), config, context, student)
-    return {**metrics, **counts}
+    from tasks.training.supervised import train_kd
+
+    return train_kd(config, context, student, teacher, data, teacher_topk)

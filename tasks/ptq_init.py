@@ -76,7 +76,7 @@ class PTQInitConfig(StageConfig):
 @stage(
     kind="checkpoint",
     reads={"base": "base", "calibration": "calibration"},
-    gives="model",
+    gives=("student", "model"),
     packages=lambda config: ("torch", "transformers"),
 )
 def ptq_init(config: PTQInitConfig, context: Context, *, base: Path, calibration: Path | None = None) -> dict[str, Any]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ScaleRule = Literal["paper", "full_range"]
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
+ScaleMode = Literal["frozen", "recomputed", "learned"]
+"""What becomes of a student's grid while its weights train: see student/linear.py."""
 
 PER_CHANNEL = -1
 # One bit has no symmetric grid under the paper's rule (2^0 - 1 = 0); beyond eight, codes do not fit a byte.

@@ -6,7 +6,7 @@ Dimensions: O output features, I input features, G groups per row; x_BTI is batc
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from quant.grids.affine import CHECKPOINT_DTYPE, LinearState, fake_quantize, grouped, minmax_grid, snap_grid
 from quant.grids.dynamic import DynamicGrid, dynamic_gradients, dynamic_grid, dynamic_values
-from quant.grids.scheme import Scheme
+from quant.grids.scheme import ScaleMode, Scheme
 from quant.methods.rtn import rtn
 from quant.student.sites import INPUT_QUANTIZER, Clip, InputQuantizer, LayerSites, attach, attach_input
 from quant.student.targets import check_group_size, check_states, target_linears
 from quant.transforms.kronecker import WeightBasis
 
-ScaleMode = Literal["frozen", "recomputed", "learned"]
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quant.grids.affine import CHECKPOINT_DTYPE, LinearState
-from quant.grids.scheme import Scheme
-from quant.student.linear import QuantLinear, ScaleMode, prepare, quantized_linears
+from quant.grids.scheme import ScaleMode, Scheme
+from quant.student.linear import QuantLinear, prepare, quantized_linears
 from quant.student.site_tensors import build_sites, folded_tensors, is_site_tensor, online_tensors, site_tensors
 from quant.student.sites import attach, decoder_layers
 from tasks.checkpoints.folders import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 SHORT_DIGEST = 12  # characters shown of a digest
@@ -59,9 +59,6 @@ class StageRow:
     config: Mapping[str, Any]
     inputs: Mapping[str, str]
     """Input name to reference "kind:digest"."""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    cached: bool | None = None
-    """Whether this run found it in the store; None where that is not part of the report."""
 
 
 @dataclass(frozen=True)
@@ -92,4 +89,3 @@ class ReportData:
     curves: Sequence[TrainingCurve] = ()
     stages: Sequence[StageRow] = ()
     samples: Sequence[SampleRow] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -16,7 +16,6 @@ from tasks.reporting.data import SHORT_DIGEST, ReportData, StageRow, TrainingCur
 from tasks.reporting.page import cells, render, shortened
 
 TEMPLATE = "report.html.j2"
-RL_STAGES = ("grpo_train",)
 
 
 def build_report(data: ReportData) -> str:
@@ -38,7 +37,6 @@ def build_report(data: ReportData) -> str:
         samples=[replace(sample, text=shortened(sample.text)) for sample in data.samples],
         # One for each branch, which has a row for each benchmark.
         commands={row.label: row for row in data.rows if row.command},
-        provenance=dict(_flatten(data.provenance)),
         short=lambda digest: digest[:SHORT_DIGEST],
     )
 
@@ -49,12 +47,12 @@ def report_figures(data: ReportData, table: pd.DataFrame) -> list[tuple[str, str
         (f"ladder_{name}", f"Accuracy of each branch, {name}", figures.ladder_figure(rows))
         for name, rows in tables.by_benchmark(table).items()
     ]
-    supervised = [curve for curve in data.curves if curve.stage not in RL_STAGES and _has(curve, "loss")]
+    rl = [curve for curve in data.curves if _has(curve, "reward_mean")]
+    supervised = [curve for curve in data.curves if curve not in rl and _has(curve, "loss")]
     for stage in dict.fromkeys(curve.stage for curve in supervised):
         of_stage = [curve for curve in supervised if curve.stage == stage]
         drawn.append((stage, f"Training loss, {stage}", figures.curves_figure(of_stage, figures.LOSS_PANELS)))
-    rl = [curve for curve in data.curves if curve.stage in RL_STAGES]
-    if any(_has(curve, panel.field) for curve in rl for panel in figures.GRPO_PANELS):
+    if rl:
         drawn.append(("grpo_train", "Reinforcement learning", figures.curves_figure(rl, figures.GRPO_PANELS)))
     return drawn
 

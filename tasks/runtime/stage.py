@@ -81,10 +81,10 @@ class Stage:
     any_inputs: bool = False
     """The body takes `**artifacts: Path`: any number of inputs, named by its configuration."""
     reads: Mapping[str, str] = field(default_factory=dict)
-    """For each input the branch's slot that it comes from: "base", "model" or another stage's `gives`, or a data
-    section such as "train_data"."""
-    gives: str = ""
-    """The branch's slot that the output goes to; "" for none."""
+    """For each input the branch's slot that it comes from: one of an earlier stage's `gives`, or a data section
+    such as "train_data"."""
+    gives: tuple[str, ...] = ()
+    """The branch's slots that the output goes to; none for a data section, which is a slot of its own name."""
     source_digest: Callable[[Any], str] | None = None
     """Digests what the stage reads from outside the store under a configuration; raises StageError if it is missing."""
     check: Callable[[Any], None] | None = None
@@ -115,6 +115,14 @@ class Stage:
             raise TypeError(f"stage {self.name}: missing inputs {sorted(missing)}, unknown inputs {sorted(unknown)}")
 
 
+_DECLARED: dict[type[StageConfig], Stage] = {}
+
+
+def stage_of(config_type: type[StageConfig]) -> Stage:
+    """The stage whose body takes this configuration; KeyError if none was declared."""
+    return _DECLARED[config_type]
+
+
 def load_stage(module: str, name: str) -> Stage:
     """The stage `name` declared in `module`, for example ("tasks.kd_train", "kd_train")."""
     found: Stage = getattr(importlib.import_module(module), name)
@@ -133,7 +141,7 @@ def stage(*, kind: str, version: str = "1", **declared: Any) -> Callable[[Callab
         inputs = [p for p in parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
         if unknown := set(declared.get("reads", ())) - {p.name for p in inputs}:
             raise TypeError(f"stage {body.__name__}: reads names {sorted(unknown)}, which are no inputs of its body")
-        return Stage(
+        declared_stage = Stage(
             name=body.__name__,
             kind=kind,
             version=version,
@@ -144,5 +152,7 @@ def stage(*, kind: str, version: str = "1", **declared: Any) -> Callable[[Callab
             any_inputs=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()),
             **declared,
         )
+        _DECLARED[declared_stage.config_type] = declared_stage
+        return declared_stage
 
     return declare

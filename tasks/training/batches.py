@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tasks.runtime.stage import StageError
-from tasks.training.loop import Batch, LoopConfig, StepBatches
+from tasks.training.config import LoopConfig
+from tasks.training.loop import Batch, StepBatches
 
 Encode = Callable[[str, str], tuple[list[int], int]]
 """(prompt, response) -> (input_ids, prompt_length), prompt_length 0 for plain text."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tasks.training.loop import LoopConfig
+from tasks.training.config import LoopConfig
 from tasks.training.losses import ChunkLoss, entropy, token_log_probability
 
 Normalization = Literal["grpo", "dapo", "dr_grpo"]

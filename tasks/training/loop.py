@@ -16,44 +16,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tasks.runtime.stage import StageConfig, StageError
+from tasks.runtime.stage import StageError
 from tasks.training import checkpoints
+from tasks.training.config import LoopConfig
 
 Batch = dict[str, Tensor]
 Row = dict[str, Any]
 Progress = Callable[..., None]
-
-
-class LoopConfig(StageConfig):
-    """What every training stage has.  Lengths of time are optimizer steps, sizes are sequences."""
-
-    steps: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=32, gt=0)
-    micro_batch_size: int = Field(default=8, gt=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    checkpoint_every: int = Field(default=100, gt=0)
-    mixed_precision: Literal["no", "bf16"] = "no"
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} exceeds steps={self.steps}: lower warmup_steps too")
-        return self
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tasks.training.config import Direction
+
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """(logits_CV, which tokens) -> (loss_C, statistics by name, each [C] and outside the graph)."""
-Direction = Literal["forward", "reverse"]
 
 CHUNK_ELEMENTS_ACCELERATOR = 2**25
 """Elements of a chunk's logits: 128 MiB in fp32, 220 tokens of a vocabulary of 151,936."""

@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tasks.training.config import Direction
 from tasks.training.grpo import PolicyConfig, TokenTerms, policy_loss, policy_metrics
 from tasks.training.loop import Batch
-from tasks.training.losses import (
-    ChunkLoss,
-    Direction,
-    cross_entropy,
-    head_loss,
-    kl_divergence,
-    kl_top_k,
-    token_log_probability,
-)
+from tasks.training.losses import ChunkLoss, cross_entropy, head_loss, kl_divergence, kl_top_k, token_log_probability
 
 
 def predicting_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.training.loop import LoopConfig
+from tasks.training.config import LoopConfig
 
 
 @dataclass(frozen=True)

@@ -9,36 +9,17 @@ update).
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
-from quant.student.linear import ScaleMode, quantized_linears
+from quant.student.linear import quantized_linears
 from quant.student.sites import learned_parameters
-from tasks.training.loop import LoopConfig
+from tasks.training.config import StudentConfig
 from tasks.training.optimizer import GroupRule, adam
 
 GRID_PATTERN = r"\.(scale|zero)$"
 TRANSFORM_PATTERN = r"\.(left|right|diagonal)$"
 CLIP_PATTERN = r"\.logits$"
-
-
-class StudentConfig(LoopConfig):
-    """How the student is trained, whatever the objective: fp32 latents, computing in `mixed_precision`."""
-
-    scale_mode: ScaleMode = "frozen"
-    """frozen: the PTQ grid stays (the default for GPTQ starts); recomputed: min-max of the latent weights at every
-    step (for RTN and FlatQuant starts); learned: trained at `scale_learning_rate`."""
-    scale_learning_rate: float = Field(default=1e-5, gt=0)
-    transform_learning_rate: float = Field(default=5e-5, gt=0)
-    """Of transforms and their scales, where a checkpoint has learned ones (FlatQuant; Table 6, W4A4)."""
-    clip_learning_rate: float = Field(default=5e-4, gt=0)
-    """Of clipping factors, likewise."""
-    train_embeddings: bool = False
-    """Also train what is not quantized: embeddings, head, norms and biases."""
-    gradient_checkpointing: bool = False
-    attention: str = "sdpa"
-    """transformers' attention implementation; "eager" is faster in bf16 on a CPU."""
 
 
 def select_trainable(model: PreTrainedModel, config: StudentConfig) -> None:

@@ -5,31 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import pyarrow.parquet as pq
-from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.checkpoints.models import save_student
 from tasks.data.prompts import encode_example
-from tasks.runtime.stage import Context, Metrics, StageConfig
+from tasks.runtime.stage import Context, Metrics
 from tasks.training.batches import Example, tokenize
+from tasks.training.config import LOG_FILE, StudentConfig, TraceConfig
 from tasks.training.loop import BatchSource, Row, train
-from tasks.training.student import StudentConfig, student_optimizers
-
-LOG_FILE = "training_log.jsonl"
-
-
-class TraceConfig(StageConfig):
-    """How (prompt, response) rows become tokens; the teacher's cache and the training on it must agree in this."""
-
-    max_length: int = Field(default=8192, gt=1)
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What becomes of a row with more than `max_length` tokens; both are counted."""
-    prompt_suffix: str = ""
-    enable_thinking: bool | None = None
+from tasks.training.student import student_optimizers
 
 
 def read_rows(data: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -75,8 +62,3 @@ def train_student(
 def write_log(rows: Iterable[Row], path: Path) -> None:
     """One JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a training log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flows.config import BranchConfig, ConfigError, RunConfig, apply_overrides, nearest
+from flows.branches import BranchConfig
+from flows.config import ConfigError, RunConfig, apply_overrides, nearest
 from flows.recipes import RECIPES, configured, demo, qwen3_4b_w3g128, tiny_w2g128
 from quant.methods.options import AWQOptions, GPTQOptions, QuaRotOptions
 from tasks.base_model import BaseModelConfig
@@ -148,7 +149,7 @@ def test_the_order_of_overrides_does_not_matter() -> None:
 
 
 def test_a_group_size_that_does_not_divide_is_told_before_any_compute() -> None:
-    from flows.cli import check_request
+    from flows.stage_runs import check_request
     from tasks.runtime.stage import StageError
 
     check_request("tiny_w2g128", [], [], None, [])
@@ -161,7 +162,7 @@ def test_a_group_size_that_does_not_divide_is_told_before_any_compute() -> None:
 
 
 def test_missing_benchmark_data_is_told_before_any_compute(tmp_path: Path) -> None:
-    from flows.cli import check_request
+    from flows.stage_runs import check_request
     from tasks.runtime.stage import StageError
 
     copy = tmp_path / "gsm8k.jsonl"

@@ -10,7 +10,7 @@ from tasks.data.bundled_problems import bundled_problems
 from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.pretrain import Curriculum, PretrainConfig, build_model, pretrain
 from tasks.runtime.stage import Context
-from tasks.training.loop import LoopConfig
+from tasks.training.config import LoopConfig
 
 BUNDLED = Path(__file__).parents[2] / "artifacts" / "bundled" / "model"
 

@@ -17,12 +17,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from quant.grids.scheme import Scheme
+from quant.grids.scheme import ScaleMode, Scheme
 from quant.methods.rtn import rtn
 from quant.student.linear import (
     LinearState,
     QuantLinear,
-    ScaleMode,
     check_group_size,
     convert,
     linear_states,

@@ -18,7 +18,8 @@ from tasks.checkpoints.stream import CheckpointStream
 from tasks.kd_train import KDTrainConfig, kd_train
 from tasks.ptq_init import PTQInitConfig, check_fits, ptq_init
 from tasks.runtime.stage import Context, StageError
-from tasks.training.student import StudentConfig, select_trainable, student_optimizers
+from tasks.training.config import StudentConfig
+from tasks.training.student import select_trainable, student_optimizers
 
 KINDS = ["qwen2", "qwen3", "llama"]
 CONFIG = PTQInitConfig(

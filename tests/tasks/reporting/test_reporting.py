@@ -58,8 +58,8 @@ def report() -> ReportData:
     config = {"scheme": {"bits": 2}, "betas": [0.9, 0.95], "note": None}
     checkpoint = f"checkpoint:{'a' * 64}"
     stages = [
-        StageRow("pretrain", "1" * 64, "checkpoint", ["BF16", "RTN"], config, {}, {}, True),
-        StageRow("kd_train", "2" * 64, "checkpoint", ["RTN"], config, {"student": checkpoint}, {"loss": 0.5}, False),
+        StageRow("pretrain", "1" * 64, "checkpoint", ["BF16", "RTN"], config, {}),
+        StageRow("kd_train", "2" * 64, "checkpoint", ["RTN"], config, {"student": checkpoint}),
     ]
     sample = SampleRow("RTN", HOSTILE, HOSTILE, HOSTILE, "42", None, False, "length", 99)
     curves = [
@@ -78,7 +78,6 @@ def report() -> ReportData:
         curves=curves,
         stages=stages,
         samples=[sample],
-        provenance={"versions": {"torch": "2.13"}},
     )
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tasks.runtime.stage import StageError
 from tasks.training.batches import Example, TokenBatches, collate, sample_indices, tokenize
-from tasks.training.loop import LoopConfig
+from tasks.training.config import LoopConfig
 from tasks.training.losses import cross_entropy, head_loss
 from tasks.training.objectives import SFTObjective, head_weight, predicting_states
 

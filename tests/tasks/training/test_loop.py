@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from tasks.runtime.stage import StageError
 from tasks.training import checkpoints
 from tasks.training.batches import Example, TokenBatches, sample_indices
-from tasks.training.loop import LoopConfig, StepBatches, lr_factor, train
+from tasks.training.config import LoopConfig
+from tasks.training.loop import StepBatches, lr_factor, train
 from tasks.training.objectives import SFTObjective
 from tasks.training.optimizer import GroupRule, adam, muon_adam
 

@@ -15,16 +15,11 @@ from flows.branches import BranchConfig
 from flows.config import RunConfig
 from flows.graph import Graph, evaluation_roles
 from tasks.evaluation.config import EvaluateConfig
-from tasks.report import (
-    ReportBranch,
-    ReportConfig,
-    ReportEvaluation,
-    ReportStage,
-    report,
-)
+from tasks.report import report
 from tasks.reporting import tables
 from tasks.reporting.build import COMPARISONS_FILE, HTML_FILE, LADDER_FILE
 from tasks.reporting.comparisons import comparison_text
+from tasks.reporting.config import ReportBranch, ReportConfig, ReportEvaluation, ReportStage
 from tasks.runtime.execute import Outcome, StageRun
 
 WIDE_COLUMNS = ("paper scorer %", "truncated %", "repeating %", "mean length", "entropy", "problems x seeds")

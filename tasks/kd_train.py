@@ -12,19 +12,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.runtime.bounds import Count, Positive, Rate, Whole
 from tasks.runtime.stage import Context, Metrics, stage
-from tasks.training.config import LOG_FILE, Direction, Precision, StudentConfig, TraceConfig
+from tasks.training.config import LOG_FILE, KDTrainConfig
 
-
-class KDTrainConfig(StudentConfig, TraceConfig):
-    steps: Count = 6000
-    learning_rate: Rate = 1e-6
-    warmup_steps: Whole = 180
-    direction: Direction = "forward"
-    temperature: Positive = 1.0
-    teacher_dtype: Precision = "bfloat16"
-    """Precision of the teacher's weights and forward pass; bf16 is the model that the paper calls full precision."""
+__all__ = ["KDTrainConfig", "kd_train"]
 
 
 @stage(

@@ -9,15 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.runtime.bounds import Count, Rate, Whole
 from tasks.runtime.stage import Context, Metrics, stage
-from tasks.training.config import LOG_FILE, StudentConfig, TraceConfig
+from tasks.training.config import LOG_FILE, SFTTrainConfig
 
-
-class SFTTrainConfig(StudentConfig, TraceConfig):
-    steps: Count = 6000
-    learning_rate: Rate = 1e-6
-    warmup_steps: Whole = 180
+__all__ = ["SFTTrainConfig", "sft_train"]
 
 
 @stage(

@@ -7,18 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.runtime.bounds import Count, Positive
 from tasks.runtime.stage import Context, Metrics, stage
-from tasks.training.config import Attention, Precision, TraceConfig
+from tasks.training.config import TeacherTopKConfig
 
-
-class TeacherTopKConfig(TraceConfig):
-    k: Count = 64
-    temperature: Positive = 1.0
-    dtype: Precision = "bfloat16"
-    attention: Attention = "sdpa"
-    micro_batch_size: Count = 8
-    rows_per_shard: Count = 1024
+__all__ = ["TeacherTopKConfig", "teacher_topk"]
 
 
 @stage(

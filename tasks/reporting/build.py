@@ -6,20 +6,18 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from tasks.evaluation.statistics import paired_bootstrap
 from tasks.reporting import figures, tables
 from tasks.reporting.comparisons import comparison_table
+from tasks.reporting.config import ReportBranch, ReportConfig, ReportEvaluation
 from tasks.reporting.data import Comparison, LadderRow, ReportData, SampleRow, StageRow, TrainingCurve
 from tasks.reporting.html import build_report, report_figures
 from tasks.runtime.stage import Context, Metrics
 from tasks.training.config import LOG_FILE
-
-if TYPE_CHECKING:
-    from tasks.report import ReportBranch, ReportConfig, ReportEvaluation
 
 HTML_FILE, LADDER_FILE, COMPARISONS_FILE = "report.html", "ladder.parquet", "comparisons.parquet"
 

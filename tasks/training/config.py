@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from quant.grids.scheme import ScaleMode
-from tasks.runtime.bounds import Count, NonNegative, Positive, Rate, Seed, Share, Whole
+from tasks.runtime.bounds import Count, NonNegative, Positive, PositiveShare, Rate, Seed, Share, Whole
 from tasks.runtime.stage import StageConfig
 
 LOG_FILE = "training_log.jsonl"
@@ -71,3 +71,57 @@ class TraceConfig(StageConfig):
     """What becomes of a row with more than `max_length` tokens; both are counted."""
     prompt_suffix: str = ""
     enable_thinking: bool | None = None
+
+
+class SFTTrainConfig(StudentConfig, TraceConfig):
+    steps: Count = 6000
+    learning_rate: Rate = 1e-6
+    warmup_steps: Whole = 180
+
+
+class KDTrainConfig(StudentConfig, TraceConfig):
+    steps: Count = 6000
+    learning_rate: Rate = 1e-6
+    warmup_steps: Whole = 180
+    direction: Direction = "forward"
+    temperature: Positive = 1.0
+    teacher_dtype: Precision = "bfloat16"
+    """Precision of the teacher's weights and forward pass; bf16 is the model that the paper calls full precision."""
+
+
+class TeacherTopKConfig(TraceConfig):
+    k: Count = 64
+    temperature: Positive = 1.0
+    dtype: Precision = "bfloat16"
+    attention: Attention = "sdpa"
+    micro_batch_size: Count = 8
+    rows_per_shard: Count = 1024
+
+
+Size = Annotated[Count, Field(le=65536)]
+"""Of a dimension of the model."""
+
+
+class PretrainConfig(StageConfig):
+    hidden_size: Size = 256
+    intermediate_size: Size = 768
+    num_layers: Size = 4
+    num_heads: Size = 4
+    num_key_value_heads: Size = 2
+    head_dim: Size = 64
+    max_position_embeddings: Count = 512
+    adam_learning_rate: Rate = 3e-3
+    first_drill_share: Share = 0.6
+    last_drill_share: Share = 0.15
+    drill_ramp: PositiveShare = 0.6
+    """Fraction of the steps over which the drills' share falls from first to last."""
+    story_share: Share = 0.03
+    loop: LoopConfig = LoopConfig(
+        steps=1300,
+        learning_rate=0.02,
+        warmup_steps=40,
+        weight_decay=0.1,
+        batch_size=32,
+        micro_batch_size=16,
+        mixed_precision="bf16",
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
@@ -13,14 +12,11 @@ from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.data.prompts import encode_example
 from tasks.runtime.stage import Context, Metrics
 from tasks.training.batches import by_length
-from tasks.training.config import LOG_FILE
+from tasks.training.config import LOG_FILE, PretrainConfig
 from tasks.training.loop import Batch, StepBatches, train
 from tasks.training.objectives import SFTObjective
 from tasks.training.optimizer import muon_adam
 from tasks.training.student_training import write_log
-
-if TYPE_CHECKING:
-    from tasks.pretrain import PretrainConfig
 
 _DRILLS_PER_ROW = 10
 _RESULT_SIGN = " = "

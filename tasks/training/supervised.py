@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from tasks.checkpoints.models import load_model, load_student, load_tokenizer
 from tasks.runtime.stage import Context, Metrics, StageError
 from tasks.training.batches import TokenBatches
+from tasks.training.config import KDTrainConfig, SFTTrainConfig
 from tasks.training.objectives import KDObjective, SFTObjective
 from tasks.training.student import select_trainable
 from tasks.training.student_training import read_examples, train_student
 from tasks.training.topk import TopKCache
-
-if TYPE_CHECKING:
-    from tasks.kd_train import KDTrainConfig
-    from tasks.sft_train import SFTTrainConfig
 
 
 def train_sft(config: SFTTrainConfig, context: Context, student: Path, data: Path) -> Metrics:

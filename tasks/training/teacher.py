@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from tasks.checkpoints.models import load_model, load_tokenizer
 from tasks.runtime.stage import Context, Metrics, StageError
+from tasks.training.config import TeacherTopKConfig
 from tasks.training.student_training import read_examples
 from tasks.training.topk import shard_name, write_index, write_shard
-
-if TYPE_CHECKING:
-    from tasks.teacher_topk import TeacherTopKConfig
 
 
 def write_top_k(config: TeacherTopKConfig, context: Context, teacher: Path, data: Path) -> Metrics:

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_told_with_the_remedy(override: str, told: str) -> 
 def test_unknown_recipe_and_branch() -> None:
     with pytest.raises(ConfigError, match="did you mean 'tiny_w2g128'"):
         configured("tiny_w2g12", [], [], None)
-    with pytest.raises(ConfigError, match="no branch matches"):
+    with pytest.raises(ConfigError, match="no branch is called 'W5G128'"):
         configured("demo", [], ["W5G128"], None)
 
 
@@ -103,7 +103,7 @@ def test_comparisons_name_branches() -> None:
 
 
 def test_selecting_branches_drops_comparisons_with_the_others() -> None:
-    run = demo().select(["W3G128"])
+    run = demo().select(["w3g128*"])
     assert all(label.startswith("W3G128") for label in run.branches)
     assert run.reference is None
     assert run.comparisons and all(a.startswith("W3") and b.startswith("W3") for a, b in run.comparisons)

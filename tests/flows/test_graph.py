@@ -64,7 +64,7 @@ def test_a_changed_parameter_changes_only_what_depends_on_it() -> None:
 
 def test_each_benchmark_is_a_data_set_and_an_evaluation_of_its_own() -> None:
     run = apply_overrides(
-        demo().select(["W2G128 GPTQ"]), ["benchmarks=[gpqa_diamond, gsm8k]", "benchmark_data=/copies"]
+        demo().select(["W2G128 GPTQ*"]), ["benchmarks=[gpqa_diamond, gsm8k]", "benchmark_data=/copies"]
     )
     graph = build_graph(run)
     assert len(stages(graph, "evaluate")) == 3 * len(run.branches)

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.data.bundled_problems import bundled_problems
 from tasks.data.bundled_tokenizer import build_tokenizer
-from tasks.pretrain import Curriculum, PretrainConfig, build_model, pretrain
+from tasks.pretrain import PretrainConfig, pretrain
 from tasks.runtime.stage import Context
 from tasks.training.config import LoopConfig
+from tasks.training.pretraining import Curriculum, build_model
 
 BUNDLED = Path(__file__).parents[2] / "artifacts" / "bundled" / "model"
 

@@ -25,7 +25,7 @@ from tasks.sft_train import SFTTrainConfig, sft_train
 from tasks.teacher_topk import TeacherTopKConfig, teacher_topk
 from tasks.training.batches import collate
 from tasks.training.objectives import KDObjective
-from tasks.training.student_training import read_examples, read_log
+from tasks.training.student_training import read_examples
 
 SMALL = dict(
     steps=6, warmup_steps=1, learning_rate=1e-3, batch_size=4, micro_batch_size=2, checkpoint_every=3, max_length=256
@@ -89,6 +89,10 @@ def data(tmp_path_factory) -> Path:
     rows.append({"id": "text", "prompt": "", "response": rows[0]["response"], "answer": "", "tier": ""})
     pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
     return folder
+
+
+def read_log(path: Path) -> list[dict]:  # type: ignore[type-arg]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def context_of(folder: Path) -> Context:

@@ -2,20 +2,20 @@
 
 No system prompt is ever added (ruikangliu/Quantized-Reasoning-Models:inference.py, the evaluation code that the paper
 builds on), and the chat template is the only source of special tokens: where it writes the BOS token itself, the
-tokenizer must not add a second one.
+tokenizer must not add a second one.  Templates are rendered by `templates.py`, with a stopped clock.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tasks.data.templates import PROBE_ASSISTANT, PROBE_USER, chat_template, render
 from tasks.runtime.stage import StageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINK_OPEN = "<think>"
-_PROBE = "turn-end-probe"
 
 
 def encode_prompt(
@@ -81,10 +81,10 @@ def render_prompt(
         raise ValueError("the prompt is empty: plain text has no chat form, use encode_example(tokenizer, '', text)")
     switches: dict[str, Any] = {}
     if enable_thinking is not None:
-        if "enable_thinking" not in _template(tokenizer):
+        if "enable_thinking" not in chat_template(tokenizer):
             raise StageError("this model's chat template has no enable_thinking switch: leave enable_thinking unset")
         switches["enable_thinking"] = enable_thinking
-    return _render(tokenizer, [{"role": "user", "content": prompt + suffix}], add_generation_prompt=True, **switches)
+    return render(tokenizer, [{"role": "user", "content": prompt + suffix}], add_generation_prompt=True, **switches)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -92,8 +92,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Raises StageError if there is neither.
     """
-    conversation = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}]
-    tail = _render(tokenizer, conversation, add_generation_prompt=False).rpartition(_PROBE)[2].lstrip()
+    conversation = [{"role": "user", "content": PROBE_USER}, {"role": "assistant", "content": PROBE_ASSISTANT}]
+    tail = render(tokenizer, conversation, add_generation_prompt=False).rpartition(PROBE_ASSISTANT)[2].lstrip()
     added = tokenizer.added_tokens_decoder.values()
     special = [token.content for token in added if token.special and tail.startswith(token.content)]
     if special:
@@ -101,21 +101,6 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.eos_token is None:
         raise StageError("the tokenizer has no EOS token: set eos_token in tokenizer_config.json")
     return str(tokenizer.eos_token)
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template
-    if not template:
-        raise StageError(
-            "the tokenizer has no chat template: add chat_template.jinja to the model folder, or take the "
-            "instruction-tuned release of the model"
-        )
-    return template if isinstance(template, str) else str(template.get("default", ""))
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], **switches: Any) -> str:
-    _template(tokenizer)
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, **switches))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,11 +1,13 @@
 """A teacher's largest log-probabilities on the predicted tokens of a dataset, for many students to share one pass.
 
 A shard holds, for the tokens of its rows one after the other (M in all), `values` fp32 [M, K] (log-probabilities at the
-cache's temperature), `indices` int32 [M, K] and `targets` int32 [M]; `teacher.json` says which rows lie where.
+cache's temperature), `indices` int32 [M, K] and `targets` int32 [M]; `teacher.json` says which rows lie where,
+and after which prompts they came.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -64,12 +66,21 @@ def write_shard(
 
 
 def write_index(shards: Iterable[Sequence[Example]], folder: Path, k: int, temperature: float) -> None:
-    """Write `teacher.json`: K, the temperature, and per shard its rows and their numbers of tokens."""
+    """Write `teacher.json`: K, the temperature, and per shard its rows, numbers of tokens and prompts' digests."""
     contents = [
-        {"rows": [example.row for example in shard], "num_tokens": [example.num_targets for example in shard]}
+        {
+            "rows": [example.row for example in shard],
+            "num_tokens": [example.num_targets for example in shard],
+            "prompts": [prompt_digest(example) for example in shard],
+        }
         for shard in shards
     ]
     (folder / INDEX_FILE).write_text(json.dumps({"k": k, "temperature": temperature, "shards": contents}))
+
+
+def prompt_digest(example: Example) -> str:
+    """Names the tokens before the predicted ones: the same response after another prompt has other probabilities."""
+    return hashlib.sha256(example.ids[: example.start].numpy().tobytes()).hexdigest()[:32]
 
 
 class TopKCache:
@@ -89,6 +100,14 @@ class TopKCache:
             raise StageError(
                 f"the cached teacher does not fit {len(missing)} rows of the data set (first: row {missing[0]}): make "
                 "teacher_topk with the same data, max_length, overlong, prompt_suffix and enable_thinking"
+            )
+        prompts = {
+            row: prompt for s in index["shards"] for row, prompt in zip(s["rows"], s.get("prompts", ()), strict=False)
+        }
+        if others := [e.row for e in examples if prompts.get(e.row) != prompt_digest(e)]:
+            raise StageError(
+                f"the cached teacher saw other prompts for {len(others)} rows (first: row {others[0]}): make "
+                "teacher_topk anew with this student's chat template, prompt_suffix and enable_thinking"
             )
 
     def __call__(self, examples: Sequence[Example]) -> Batch:

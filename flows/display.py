@@ -57,11 +57,14 @@ class RunDisplay:
         self._progress.stop()
 
     def __call__(self, label: str, event: dict[str, Any]) -> None:
-        """Take one event of a stage: {"state": "running" | "cached" | "done", ...}; called from many threads."""
+        """Take one event of a stage, from any thread: {"state": "running" | "cached" | "done" | "failed", ...}."""
         label = escape(label)  # a branch's name in brackets is no markup
         with self._lock:
             if event["state"] == "running":
                 self._running(label, event)
+            elif event["state"] == "failed":
+                self._remove_bar(label)
+                self._console.print(f"[red]failed[/]  {label}  [dim]{escape(str(event['error']))}[/]", highlight=False)
             else:
                 self._finished(label, event["state"], event["outcome"])
 
@@ -88,11 +91,14 @@ class RunDisplay:
 
     def _finished(self, label: str, state: str, outcome: Outcome) -> None:
         self._num_finished += 1
-        if label in self._bars:
-            self._progress.remove_task(self._bars.pop(label))
+        self._remove_bar(label)
         mark = "[cyan]cached[/] " if state == "cached" else "[green]done[/]   "
         count = f"[dim]{self._num_finished}/{self._num_stages}[/]"
         self._console.print(f"{mark} {label}  [dim]{outcome.ref.kind} {outcome.ref.short}[/]  {count}", highlight=False)
+
+    def _remove_bar(self, label: str) -> None:
+        if label in self._bars:
+            self._progress.remove_task(self._bars.pop(label))
 
 
 def _info(info: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from prefect import flow
+from prefect.exceptions import ExternalSignal
 from prefect.futures import wait
 from pydantic import AfterValidator, Field
 
@@ -112,7 +113,7 @@ def run_graph(
             outcome = stage_task(report.stage).submit("report", report, options_of_report, inputs).result()
             publish_report(run, store.path(outcome.ref))
             return outcome.ref
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ExternalSignal):  # Ctrl-C, SIGTERM, cancelled by Prefect: nobody waits for the stages
         executor.kill()
         raise
     finally:

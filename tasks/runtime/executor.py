@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -15,29 +16,33 @@ from typing import Any
 
 from artifacts.store import Store
 from tasks.runtime.execute import LOG_FILE, PROGRESS_FILE, Outcome, StageRun, execute
-from tasks.runtime.processes import follow_parent
+from tasks.runtime.processes import end_group, follow_parent, lead_group
 from tasks.runtime.stage import StageError
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 5.0
+"""For a stage to save its state when the run is stopped; then it is killed."""
+
+OnProgress = Callable[[dict[str, Any]], None]
 
 
 class StageExecutor:
     """At most `jobs` stages at a time, each in a worker process with an equal share of the cores.
 
     Workers are reused, because importing torch and transformers costs seconds; a stage that asks for a fresh process
-    (vLLM, or a GPU whose memory must be free again) gets one of its own.
+    (vLLM, or a GPU whose memory must be free again) gets one of its own.  The death of a worker fails the stage that it
+    ran and no other.
     """
 
     def __init__(self, jobs: int, num_threads: int) -> None:
         self._slots = threading.BoundedSemaphore(jobs)
         self._num_threads = num_threads
-        self._shared = self._pool(jobs)
+        self._idle: list[_Worker] = []
+        self._starting = threading.Lock()
+        self.ended = False
+        """Whether `close` or `kill` was called: what fails then says nothing of the stage."""
 
-    def _pool(self, workers: int) -> ProcessPoolExecutor:
-        spawn = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(workers, spawn, initializer=_start_worker, initargs=(self._num_threads,))
-
-    def run(self, run: StageRun, on_progress: Callable[[dict[str, Any]], None], *, fresh: bool = False) -> Outcome:
+    def run(self, run: StageRun, on_progress: OnProgress, *, fresh: bool = False) -> Outcome:
         """Run one stage in a worker and wait; `on_progress` gets its progress about twice a second, and an
         empty one when it starts.
 
@@ -47,29 +52,84 @@ class StageExecutor:
         scratch = store.scratch(store.key(run.payload()))
         with self._slots:
             on_progress({})
-            pool = self._pool(1) if fresh else self._shared
+            worker, future = self._start(run, fresh)
+            keep = not fresh
             try:
-                return _wait(pool.submit(execute, run), scratch / PROGRESS_FILE, on_progress)
-            except BrokenProcessPool as error:
+                return _wait(future, scratch / PROGRESS_FILE, on_progress)
+            except BrokenProcessPool:
+                keep = False
+                happened = "was ended: the run is being stopped" if self.ended else "died (out of memory, or killed)"
                 raise StageError(
-                    f"the worker process of stage {run.stage.name} died (out of memory, stuck, or killed); its log is "
-                    f"{scratch / LOG_FILE}. Run the same command again: the stage resumes from its last checkpoint."
-                ) from error
+                    f"the worker process of stage {run.stage.name} {happened}; its log is {scratch / LOG_FILE}. "
+                    "Run the same command again: the stage resumes from its last checkpoint."
+                ) from None
             finally:
-                if fresh:
-                    pool.shutdown()
+                self._release(worker, keep)
+
+    def _start(self, run: StageRun, fresh: bool) -> tuple[_Worker, Future[Outcome]]:
+        """An idle worker, or a new one, with the stage handed to it."""
+        while True:
+            with self._starting:
+                if self.ended:
+                    raise StageError(f"stage {run.stage.name} was not started: the run is being stopped")
+                worker = _Worker(self._num_threads) if fresh or not self._idle else self._idle.pop()
+                try:
+                    return worker, worker.submit(run)
+                except BrokenProcessPool:  # it died while it was idle
+                    worker.end()
+
+    def _release(self, worker: _Worker, keep: bool) -> None:
+        with self._starting:
+            if keep := keep and not self.ended:
+                self._idle.append(worker)
+        if not keep:
+            worker.end()
 
     def close(self) -> None:
-        self._shared.shutdown()
+        """Start no further stage, and end the workers: one that runs a stage when it is done."""
+        with self._starting:
+            self.ended = True
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.end()
 
     def kill(self) -> None:
-        """End the workers at once, for Ctrl-C; what they had checkpointed stays in scratch."""
-        for process in multiprocessing.active_children():
-            process.kill()
-        self._shared.shutdown(wait=False, cancel_futures=True)
+        """End all workers within seconds; what they had checkpointed, or save now, stays in scratch."""
+        with self._starting:
+            self.ended = True
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        for worker in workers:
+            worker.kill()
+            end_group(worker.pid)
 
 
-def _wait(future: Future[Outcome], progress_file: Path, on_progress: Callable[[dict[str, Any]], None]) -> Outcome:
+class _Worker:
+    """A process that runs one stage at a time, in a pool of its own: `concurrent.futures` gives up a pool as a whole
+    when one of its processes dies.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, spawn, initializer=_start_worker, initargs=(num_threads,))
+        self._pid = self._pool.submit(os.getpid)
+
+    def submit(self, run: StageRun) -> Future[Outcome]:
+        """Raises BrokenProcessPool if it has died."""
+        return self._pool.submit(execute, run)
+
+    def end(self) -> None:
+        """Wait for the process to end, and leave none of those that it had started."""
+        self._pool.shutdown()
+        if self._pid.exception() is None:
+            end_group(self._pid.result())
+
+
+def _wait(future: Future[Outcome], progress_file: Path, on_progress: OnProgress) -> Outcome:
     seen = ""
     while True:
         try:
@@ -88,6 +148,7 @@ def _wait(future: Future[Outcome], progress_file: Path, on_progress: Callable[[d
 
 def _start_worker(num_threads: int) -> None:
     """Live and die with the parent, and keep to this worker's share of the cores."""
+    lead_group()
     follow_parent()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     import torch

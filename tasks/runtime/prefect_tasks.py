@@ -7,6 +7,7 @@ survive a killed owner.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,12 @@ def stage_task(stage: Stage) -> Task[..., Outcome]:
     @task(name=stage.name, task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False, log_prints=False)
     def run_stage(label: str, run: StageRun, options: TaskOptions, inputs: dict[str, Outcome]) -> State[Outcome]:
         run = replace(run, inputs={name: outcome.ref for name, outcome in inputs.items()})
-        outcome = find_cached(run) or _compute(label, run, options)
+        try:
+            outcome = find_cached(run) or _compute(label, run, options)
+        except Exception as error:
+            if not options.executor.ended:
+                options.on_event(label, {"state": "failed", "error": error})
+            raise
         options.on_event(label, {"state": "cached" if outcome.cached else "done", "outcome": outcome})
         if outcome.cached:
             return Completed(name="Cached", message=f"cache hit: {_describe(outcome.ref)}", data=outcome)
@@ -70,7 +76,10 @@ def _compute(label: str, run: StageRun, options: TaskOptions) -> Outcome:
 
 
 class _ProgressArtifact:
-    """A Prefect progress artifact, made when a stage first reports and refreshed every few seconds."""
+    """A Prefect progress artifact, made when a stage first reports and refreshed every few seconds.
+
+    Only to be looked at: a server that is away costs the stage nothing.
+    """
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -89,10 +98,13 @@ class _ProgressArtifact:
             self._set(100.0)
 
     def _set(self, percent: float) -> None:
-        if self._id is None:
-            self._id = create_progress_artifact(progress=percent, description=self._label)
-        else:
-            update_progress_artifact(artifact_id=self._id, progress=percent)
+        try:
+            if self._id is None:
+                self._id = create_progress_artifact(progress=percent, description=self._label)
+            else:
+                update_progress_artifact(artifact_id=self._id, progress=percent)
+        except Exception as error:
+            logging.getLogger(__name__).warning("no progress shown for %s: %s", self._label, error)
 
 
 def _describe(ref: Ref) -> str:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from tasks.runtime.processes import stop_requested
 from tasks.runtime.stage import StageError
 from tasks.training import checkpoints
 from tasks.training.config import LoopConfig
@@ -83,19 +84,23 @@ def train(
 ) -> list[Row]:
     """Train `objective` in place for `config.steps` steps and return one log row per step.
 
-    `progress(done, total, unit="step", loss=...)` is called after each step.  Every `checkpoint_every` steps the state
-    goes to `scratch`; a call that finds a checkpoint there continues it, and ends with the same bits on one machine.
+    `progress(done, total, unit="step", loss=...)` is called after each step.  Every `checkpoint_every` steps, and
+    on SIGTERM, the state goes to `scratch`; a call that finds a checkpoint there continues it, and ends with the same
+    bits on one machine.
     Raises StageError when the loss or the gradient norm is not finite; the last checkpoint stays in `scratch`.
     """
-    with _deterministic():
+    with _deterministic(), stop_requested() as stopping:
         accelerator = _accelerator(config.mixed_precision, device)
         trainer = _Trainer(objective, config, optimizers, accelerator)
         rows = checkpoints.restore(scratch, objective, optimizers)
         for step in range(len(rows), config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             rows.append(trainer.step(step, source.step_batches(step)))
-            if len(rows) % config.checkpoint_every == 0 and accelerator.is_main_process:
+            stop = stopping()
+            if (stop or len(rows) % config.checkpoint_every == 0) and accelerator.is_main_process:
                 checkpoints.save(scratch, objective, optimizers, rows)
+            if stop:
+                raise StageError(f"stopped after step {len(rows)} of {config.steps}; the same command goes on from it")
             if progress is not None:
                 progress(len(rows), config.steps, unit="step", loss=rows[-1]["loss"])
     return rows

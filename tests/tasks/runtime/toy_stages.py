@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from tasks.runtime.processes import stop_requested
 from tasks.runtime.stage import Context, Metrics, StageConfig, StageError, stage
 
 
@@ -33,6 +38,9 @@ class UpperConfig(StageConfig):
     seconds: float = 0.0
     patience: float = 1.0
     """Enters no key."""
+    starts: str = ""
+    """A file for the id of a process that the stage starts and would leave behind."""
+    on_stop: Literal["dies", "saves", "ignores"] = "dies"
 
     unkeyed_fields: ClassVar[tuple[str, ...]] = ("patience",)
 
@@ -45,6 +53,20 @@ def upper(config: UpperConfig, context: Context, *, text: Path, more: Path | Non
         raise OSError(28, "No space left on device")
     if config.fail == "bug":
         raise ZeroDivisionError("a bug")
+    if config.on_stop == "ignores":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if config.starts:
+        Path(config.starts).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+    with stop_requested() if config.on_stop == "saves" else nullcontext(lambda: False) as stopping:
+        resumed_from = _steps(config, context, stopping)
+    done = context.scratch / "steps"
+    steps = done.read_text()
+    (context.telemetry / "measured.txt").write_text(f"{resumed_from} {time.time_ns()} {context.input_digests['text']}")
+    (context.output / "text.txt").write_text((text / "text.txt").read_text().upper() + steps)
+    return {"resumed_from": resumed_from}
+
+
+def _steps(config: UpperConfig, context: Context, stopping: Callable[[], bool]) -> int:
     done = context.scratch / "steps"
     steps = done.read_text() if done.exists() else ""
     resumed_from = len(steps)
@@ -55,6 +77,7 @@ def upper(config: UpperConfig, context: Context, *, text: Path, more: Path | Non
         steps += "x"
         done.write_text(steps)
         context.progress(step + 1, config.num_steps, loss=1.0 / (step + 1))
-    (context.telemetry / "measured.txt").write_text(f"{resumed_from} {time.time_ns()} {context.input_digests['text']}")
-    (context.output / "text.txt").write_text((text / "text.txt").read_text().upper() + steps)
-    return {"resumed_from": resumed_from}
+        if stopping():
+            (context.scratch / "saved").touch()
+            raise StageError("stopped")
+    return resumed_from

@@ -31,11 +31,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from benchmarks.common import peak_mb
+from quant.decoder import INPUT_SITES
 from quant.grids.scheme import ScaleMode, Scheme
 from quant.methods.flatquant import initial_sites, learnable
 from quant.student.linear import prepare
 from quant.student.site_tensors import build_sites
-from quant.student.sites import INPUT_SITES, decoder_layers
+from quant.student.sites import decoder_layers
 from quant.student.targets import target_linears
 from tasks.training.batches import Example, collate
 from tasks.training.loop import Batch

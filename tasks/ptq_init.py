@@ -15,20 +15,13 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from safetensors import safe_open
+from pydantic import Field, field_validator, model_validator
 
-from quant.calibration.activations import Keep, in_memory, on_disk
-from quant.calibration.streaming import Batch, BlockMethod, quantize_blocks
+from quant.decoder import DecoderShape
 from quant.grids.scheme import ScaleDtype, ScaleRule, Scheme
-from quant.methods.options import AWQOptions, FlatQuantOptions, GPTQOptions, QuaRotOptions
+from quant.methods.options import AWQOptions, FlatQuantOptions, GPTQOptions, MethodOptions, QuaRotOptions
 from quant.methods.registry import METHODS, Method, initializer
-from quant.methods.rewrite import DecoderShape
-from tasks.checkpoints.folders import check_model_folder, write_json
-from tasks.checkpoints.stream import CheckpointStream
 from tasks.runtime.stage import Context, StageConfig, StageError, stage
-
-REPORT = "ptq_report.json"
 
 
 class PTQInitConfig(StageConfig):
@@ -44,7 +37,7 @@ class PTQInitConfig(StageConfig):
     awq: AWQOptions | None = None
     quarot: QuaRotOptions | None = None
     flatquant: FlatQuantOptions | None = None
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=4, ge=1, le=2**16)
     """Calibration sequences that run through a block at a time: speed, memory, and the Hessian's rounding errors.
     FlatQuant takes a step per batch."""
     activations: Literal["memory", "disk"] = "memory"
@@ -57,19 +50,33 @@ class PTQInitConfig(StageConfig):
             self.scheme, symmetric=self.symmetric, scale_rule=self.scale_rule, scale_dtype=self.scale_dtype
         )
 
-    def parsed_method(self) -> tuple[Method[Any], Any]:
+    def parsed_method(self) -> tuple[Method[Any], MethodOptions]:
         """The method and its options."""
         method = initializer(self.method)
         return method, getattr(self, self.method, None) or method.options()
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        initializer(name)
+        return name
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, name: str) -> str:
+        Scheme.parse(name)
+        return name
+
     @model_validator(mode="after")
-    def _no_options_of_other_methods(self) -> PTQInitConfig:
+    def _fits_together(self) -> PTQInitConfig:
         for name in METHODS:
             if name != self.method and getattr(self, name, None) is not None:
                 raise ValueError(
                     f"{name} holds options of another method than {self.method!r}: leave it out, or set it only on "
                     f"branches whose method is {name!r}"
                 )
+        method, options = self.parsed_method()
+        method.check(options, self.parsed_scheme())
         return self
 
 
@@ -81,63 +88,39 @@ class PTQInitConfig(StageConfig):
 )
 def ptq_init(config: PTQInitConfig, context: Context, *, base: Path, calibration: Path | None = None) -> dict[str, Any]:
     """Quantize `base` block by block and write the QAT start: dequantized weights, and latents with their grids."""
+    from tasks.checkpoints.quantize import quantize_checkpoint
+
     start = time.perf_counter()
+    method, options = config.parsed_method()
     try:
-        method, scheme = _checked(config)
-        check_model_folder(base)
-        stream = CheckpointStream(base, context.scratch, scheme, context.device, method.rewrite)
-        keep = on_disk(context.scratch / "activations") if config.activations == "disk" else in_memory
-        batches = _calibration_batches(method, config, stream, calibration, keep)
-        quantize_blocks(stream, batches, method, scheme, _block_progress(context))
+        report = quantize_checkpoint(
+            base,
+            method.block_method(options),
+            config.parsed_scheme(),
+            context,
+            calibration=calibration,
+            batch_size=config.batch_size,
+            activations_on_disk=config.activations == "disk",
+        )
     except ValueError as error:
         raise StageError(f"ptq_init: {error}") from error
-    stream.finish(context.output, method.learned_transforms)
-    report = stream.report()
-    write_json(context.output / REPORT, report)
     return {"seconds": time.perf_counter() - start, **_metrics(report)}
 
 
 def check_fits(config: PTQInitConfig, base: Path) -> None:
-    """Raise StageError if the method cannot do the scheme or the model's sizes, or a group size does not divide them.
+    """Raise StageError if the method cannot do the model's sizes, or a group size does not divide them.
 
     Reads config.json alone, so that it can be asked before any compute is spent.
     """
+    (method, options), scheme = config.parsed_method(), config.parsed_scheme()
     try:
-        method, scheme = _checked(config)
         shape = DecoderShape.from_config(json.loads((base / "config.json").read_text()))
         for in_features in shape.in_features:
             scheme.num_groups(in_features)
-        if method.rewrite is not None:
-            method.rewrite(shape, scheme)
+        if method.rewrites and (rewrite := method.block_method(options).rewrite):
+            rewrite(shape, scheme)
     except ValueError as error:
         raise StageError(f"ptq_init: {error}") from error
-
-
-def _checked(config: PTQInitConfig) -> tuple[BlockMethod, Scheme]:
-    (method, options), scheme = config.parsed_method(), config.parsed_scheme()
-    method.check(options, scheme)
-    return method.block_method(options), scheme
-
-
-def _calibration_batches(
-    method: BlockMethod, config: PTQInitConfig, stream: CheckpointStream, calibration: Path | None, keep: Keep
-) -> list[Batch]:
-    """No batches for a method without calibration; StageError when the set is missing or does not fit the model."""
-    if not method.needs_calibration:
-        return []
-    if calibration is None:
-        raise StageError(f"method {config.method!r} needs calibration data: give the artifact of the calibrate stage")
-    with safe_open(calibration / "tokens.safetensors", framework="pt") as file:
-        input_ids_NT, mask_NT = file.get_tensor("input_ids"), file.get_tensor("attention_mask")
-    if not mask_NT.numel() or not bool(mask_NT.any(1).all()):
-        raise StageError("the calibration set is empty or holds an empty sequence; run calibrate with other data")
-    if int(input_ids_NT.max()) >= stream.config.vocab_size:
-        raise StageError("the calibration tokens exceed the model's vocabulary; calibrate with its own tokenizer")
-    return stream.batches(input_ids_NT, mask_NT, config.batch_size, keep)
-
-
-def _block_progress(context: Context) -> Any:
-    return lambda done, total, info: context.progress(done, total, "block", **info)
 
 
 def _metrics(report: dict[str, dict[str, float | int]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,3 +31,13 @@ def on_disk(folder: Path) -> Keep:
         return mapped.view(tensor.shape).copy_(tensor.detach())
 
     return keep
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system where the C library can (glibc's malloc_trim), otherwise do nothing.
+
+    Activations of all sizes come and go around those that are kept: the heap is full of holes after every forward pass.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

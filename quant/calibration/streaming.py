@@ -25,18 +25,15 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from quant.calibration.activations import Keep, in_memory
-from quant.calibration.host_memory import release_free_memory
+from quant.calibration.activations import Keep, in_memory, release_free_memory
 from quant.calibration.statistics import HessianAccumulator
+from quant.decoder import ATTENTION, LINEAR_GROUPS, OUTPUT
 from quant.grids.affine import LinearState, fake_quantize
 from quant.grids.scheme import Scheme
-from quant.methods.rewrite import RewriteFactory
 from quant.student.site_tensors import site_tensors
-from quant.student.sites import INPUT_SITES
+from quant.transforms.rewrite import RewriteFactory
 
-LINEAR_GROUPS = tuple(INPUT_SITES.values())
-"""The linears of a decoder layer in calibration order; those of one group have the same input."""
-ATTENTION_END = ("self_attn.o_proj",)
+ATTENTION_END = (OUTPUT,)
 """The group whose inputs, then outputs are kept while a block is worked on: attention is its most expensive part and
 would run three times more.  They are as large as the hidden states; the inputs of down_proj, thrice that, are not."""
 
@@ -190,7 +187,7 @@ class BlockRun:
         if not self._attention_outputs:
             yield
             return
-        attention, output_BTH = self.block.get_submodule("self_attn"), self._attention_outputs[position].to(device)
+        attention, output_BTH = self.block.get_submodule(ATTENTION), self._attention_outputs[position].to(device)
         attention.forward = lambda *_args, **_kwargs: (output_BTH, None)
         try:
             yield
@@ -280,7 +277,7 @@ def _check_linears(block: nn.Module) -> None:
     if found != known:
         raise ValueError(
             f"unknown decoder layer {type(block).__name__}: its linears differ from those of Qwen2, Qwen3 and Llama in "
-            f"{sorted(found ^ known)}; add its groups to quant.student.sites.INPUT_SITES"
+            f"{sorted(found ^ known)}; add its groups to quant.decoder.INPUT_SITES"
         )
 
 

@@ -55,6 +55,14 @@ def minmax_grid(w_OGK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return _grid_of_range(*_range(w_OGK), scheme)
 
 
+def rtn(w_OI: Tensor, scheme: Scheme) -> LinearState:
+    """The latent weights are w_OI [O, I] itself, in float32; ValueError if a weight is not finite."""
+    if not w_OI.is_meta and not w_OI.isfinite().all():
+        raise ValueError("the weights hold infinities or NaN; a quantization grid needs finite weights")
+    scale_OG1, zero_OG1 = minmax_grid(grouped(w_OI.detach(), scheme), scheme)
+    return LinearState(w_OI.detach().float(), scale_OG1.squeeze(-1), zero_OG1.squeeze(-1))
+
+
 @torch.no_grad()
 def mse_grid(w_OGK: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """(scale_OG1, zero_OG1) of the range shrunken by 1, .99 ... .21 with the least sum |w - s(q - z)|^2.4.

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quant.calibration.statistics import exact_products
-from quant.calibration.streaming import LINEAR_GROUPS, BlockMethod, BlockRun, Call, LinearResult
+from quant.calibration.streaming import BlockMethod, BlockRun, Call, LinearResult
+from quant.decoder import KEY, LINEAR_GROUPS, QUERY
 from quant.grids.affine import LinearState, fake_quantize, grouped, minmax_grid
 from quant.grids.scheme import Scheme
 from quant.methods.options import AWQOptions
@@ -39,7 +40,7 @@ Calls = list[tuple[Tensor | None, Call]]
 """Of each sampled batch: the mask of tokens that count, None for all, and the call."""
 MIN_CHANNEL_SCALE = 1e-4
 CLIP_STEPS, CLIP_STEP = 10, 0.05
-NEVER_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+NEVER_CLIPPED = (QUERY, KEY)
 """Their errors meet in a product, which a per-layer error does not see (auto_clip.py, `auto_clip_block`)."""
 
 

@@ -24,16 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibration.streaming import BlockMethod, BlockRun, LinearResult
-from quant.grids.affine import LinearState
+from quant.decoder import ATTENTION, DOWN, INPUT_SITES, MLP, OUTPUT
+from quant.grids.affine import LinearState, rtn
 from quant.grids.scheme import Scheme
 from quant.methods.flatquant_training import Calibration, calibrate, float_copy, observe
 from quant.methods.options import FlatQuantOptions
-from quant.methods.rtn import rtn
 from quant.student.linear import QuantLinear, linear_states, prepare, quantized_linears
 from quant.student.site_tensors import build_sites, folded_tensors, online_tensors, site_tensors
 from quant.student.sites import (
     DOWN_SCALE,
-    INPUT_SITES,
     VALUE_TRANSFORM,
     Clip,
     InputQuantizer,
@@ -113,13 +112,13 @@ def initial_sites(block: nn.Module, scheme: Scheme, max_inputs: Mapping[str, Ten
         return learned(orthogonal(left), orthogonal(right), diagonal_I)
 
     scales = {site: _initial_scale(block, site, max_I) for site, max_I in max_inputs.items()}
-    head_dim = int(block.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
-    num_heads = block.get_submodule("self_attn.o_proj").in_features // head_dim  # type: ignore[operator]
+    head_dim = int(block.get_submodule(ATTENTION).head_dim)  # type: ignore[arg-type]
+    num_heads = block.get_submodule(OUTPUT).in_features // head_dim  # type: ignore[operator]
     transforms = {
-        "self_attn": kronecker("self_attn", scales["self_attn"]),
-        "self_attn.o_proj": learned(orthogonal(int(num_heads))),
-        "mlp": kronecker("mlp", scales["mlp"]),
-        "mlp.down_proj": kronecker("mlp.down_proj", None),
+        ATTENTION: kronecker(ATTENTION, scales[ATTENTION]),
+        OUTPUT: learned(orthogonal(int(num_heads))),
+        MLP: kronecker(MLP, scales[MLP]),
+        DOWN: kronecker(DOWN, None),
     }
     inputs = {site: InputQuantizer(scheme.activation_bits, transforms[site], clip()) for site in INPUT_SITES}
     kv = None
@@ -127,7 +126,7 @@ def initial_sites(block: nn.Module, scheme: Scheme, max_inputs: Mapping[str, Ten
         kv = KVQuantizer(scheme.kv_bits, learned(None, orthogonal(head_dim)), clip(), clip())
     between = {
         VALUE_TRANSFORM: learned(None, orthogonal(head_dim)),
-        DOWN_SCALE: learned(None, None, scales["mlp.down_proj"]),
+        DOWN_SCALE: learned(None, None, scales[DOWN]),
     }
     return LayerSites(inputs, kv, between)
 

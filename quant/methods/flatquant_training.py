@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from quant.calibration.streaming import Batch, BlockRun
+from quant.decoder import ATTENTION, DOWN, INPUT_SITES, MLP
 from quant.methods.options import FlatQuantOptions
-from quant.student.sites import INPUT_SITES, learned_parameters
+from quant.student.sites import learned_parameters
 from quant.transforms.kronecker import KroneckerTransform
 
 CLIP_RATE = 10.0
@@ -31,7 +32,7 @@ CLIP_RATE = 10.0
 FINAL_RATE = 1e-3
 """Learning rate at the end of the cosine, times the first."""
 RETRY_RATE = 1 / 3
-SCALED_SITES = ("self_attn", "mlp", "mlp.down_proj")
+SCALED_SITES = (ATTENTION, MLP, DOWN)
 """Input sites whose transform has a scale per channel."""
 
 

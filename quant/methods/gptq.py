@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from quant.calibration.statistics import dead_columns, exact_products
+from quant.calibration.streaming import BlockMethod, BlockRun, LinearResult
+from quant.decoder import LINEAR_GROUPS
 from quant.grids.affine import LinearState, fake_quantize, grouped, minmax_grid, mse_grid
 from quant.grids.scheme import PER_CHANNEL, Scheme
 from quant.methods.options import MAX_DAMPING, GPTQOptions
@@ -78,6 +80,31 @@ def gptq_shared(
             error = relative_error(w, rounded_OI, hessian_II)
             results[name] = GPTQResult(part, damping, num_retries, error, num_dead)
     return results
+
+
+def gptq_blocks(options: GPTQOptions) -> BlockMethod:
+    """Group by group, each on what the quantized ones before it give; ValueErrors name block and linears."""
+
+    def quantize(run: BlockRun, scheme: Scheme) -> dict[str, LinearResult]:
+        results = {}
+        for group in LINEAR_GROUPS:
+            weights = {name: run.linear(name).weight for name in group}
+            try:
+                group_results = gptq_shared(weights, run.hessian(group), scheme, options)
+            except ValueError as error:
+                raise ValueError(f"block {run.index}, {', '.join(group)}: {error}") from error
+            for name, result in group_results.items():
+                report = {
+                    "error": result.error,
+                    "damping": result.damping_used,
+                    "retries": result.num_retries,
+                    "dead_columns": result.num_dead,
+                }
+                results[name] = LinearResult(result.state, report)
+                run.replace(name, result.state, scheme)
+        return results
+
+    return BlockMethod(quantize)
 
 
 def relative_error(w_OI: Tensor, rounded_OI: Tensor, hessian_II: Tensor) -> float:

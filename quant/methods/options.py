@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from quant.grids.scheme import Scheme
 
 MAX_DAMPING = 1.0
 """With more than the mean diagonal added, compensation is all but off: that would be round-to-nearest in disguise."""
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class RTNOptions:
+class MethodOptions:
+    """What every method's options can be asked for."""
+
+    def check(self, scheme: Scheme) -> None:
+        """Raise ValueError for a scheme that the method cannot do; most do every one."""
+
+    def _within(self, name: str, low: float, high: float) -> None:
+        """Raise ValueError unless low <= the field <= high, which neither NaN nor infinity is."""
+        value: Any = getattr(self, name)
+        if not low <= value <= high:
+            usual = type(self).__dataclass_fields__[name].default
+            raise ValueError(f"{name} must lie between {low} and {high}, not {value}; usual is {usual}")
+
+
+@dataclass(frozen=True)
+class RTNOptions(MethodOptions):
     """Round-to-nearest has none."""
 
 
 @dataclass(frozen=True)
-class GPTQOptions:
+class GPTQOptions(MethodOptions):
     """How GPTQ runs; the defaults are the paper's command (QRM:scripts/quantization/gptq.sh)."""
 
     act_order: bool = True
@@ -32,10 +48,8 @@ class GPTQOptions:
     """Columns between two updates of the remaining matrix: speed only, the result differs by rounding errors."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping <= MAX_DAMPING:
-            raise ValueError(f"damping must lie between 0 and {MAX_DAMPING}, not {self.damping}; usual is 0.01")
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, not {self.block_size}; usual is 128")
+        self._within("damping", 0, MAX_DAMPING)
+        self._within("block_size", 1, 2**16)
 
     def check(self, scheme: Scheme) -> None:
         """Raise ValueError when the result could not be stored: a group must be a run of neighbouring columns."""
@@ -47,7 +61,7 @@ class GPTQOptions:
 
 
 @dataclass(frozen=True)
-class AWQOptions:
+class AWQOptions(MethodOptions):
     """How AWQ runs; the defaults are the published constants, search_tokens excepted."""
 
     num_ratios: int = 20
@@ -59,10 +73,8 @@ class AWQOptions:
     """Calibration tokens on which the exponents are compared, rounded up to whole batches."""
 
     def __post_init__(self) -> None:
-        if self.num_ratios < 1:
-            raise ValueError(f"num_ratios must be at least 1, not {self.num_ratios}; usual is 20")
-        if self.search_tokens < 1:
-            raise ValueError(f"search_tokens must be at least 1, not {self.search_tokens}; usual is 2048")
+        self._within("num_ratios", 1, 1000)
+        self._within("search_tokens", 1, 10**9)
 
     def check(self, scheme: Scheme) -> None:
         """Raise ValueError for a scheme that quantizes activations or the cache: the search would not see it."""
@@ -77,7 +89,7 @@ PUBLISHED_GPTQ = GPTQOptions(act_order=False)
 
 
 @dataclass(frozen=True)
-class QuaRotOptions:
+class QuaRotOptions(MethodOptions):
     """How QuaRot runs; the defaults are the published settings (QRM:scripts/quantization/quarot.sh)."""
 
     weights: Literal["gptq", "rtn"] = "gptq"
@@ -99,6 +111,7 @@ class QuaRotOptions:
         for name in ("activation_clip", "kv_clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie above 0 and not above 1, not {getattr(self, name)}; 1 clips nothing")
+        self._within("seed", 0, MAX_SEED)
 
     def check(self, scheme: Scheme) -> None:
         """Raise ValueError for a scheme that the weights' method cannot do."""
@@ -107,7 +120,7 @@ class QuaRotOptions:
 
 
 @dataclass(frozen=True)
-class FlatQuantOptions:
+class FlatQuantOptions(MethodOptions):
     """How FlatQuant is calibrated; the defaults are the published constants."""
 
     epochs: int = 15
@@ -120,14 +133,11 @@ class FlatQuantOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {self.epochs}; usual is 15")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}; usual is 5e-3")
-        if not self.max_condition_number > 1:
-            raise ValueError(f"max_condition_number must exceed 1, not {self.max_condition_number}; usual is 1e4")
-        if self.max_retries < 0:
-            raise ValueError(f"max_retries must not be negative, but is {self.max_retries}; usual is 3")
+        self._within("epochs", 1, 10_000)
+        self._within("learning_rate", 1e-12, 1)
+        self._within("max_condition_number", 1 + 1e-6, 1e12)
+        self._within("max_retries", 0, 100)
+        self._within("seed", 0, MAX_SEED)
 
     def check(self, scheme: Scheme) -> None:
         """ValueError for schemes that leave activations as they are."""

@@ -29,22 +29,22 @@ import torch
 from torch import Tensor
 
 from quant.calibration.streaming import BlockMethod
+from quant.decoder import DOWN, GATE, INPUT_SITES, KEY, NORMS, OUTPUT, QUERY, UP, VALUE, DecoderShape
 from quant.grids.scheme import Scheme
-from quant.methods.block_methods import gptq_blocks, rtn_blocks
+from quant.methods.gptq import gptq_blocks
 from quant.methods.options import PUBLISHED_GPTQ, QuaRotOptions, RTNOptions
-from quant.methods.rewrite import DecoderShape, Rewrite
+from quant.methods.rtn import rtn_blocks
 from quant.student.sites import (
     INPUT_QUANTIZER,
-    INPUT_SITES,
     KV_QUANTIZER,
     KV_SITE,
-    NORMS,
     Clip,
     InputQuantizer,
     KVQuantizer,
 )
 from quant.transforms.hadamard import hadamard_factors, hadamard_matrix, is_known_order
 from quant.transforms.kronecker import KroneckerTransform, WeightBasis
+from quant.transforms.rewrite import Rewrite
 
 ROWS_AT_A_TIME = 2**12
 """Of the embeddings: their float64 copy is bounded."""
@@ -72,19 +72,19 @@ class Rotation:
         intermediate = KroneckerTransform(*map(_exact, hadamard_factors(shape.intermediate_size)))
         reader = WeightBasis((self._residual,))
         self._bases = {
-            "self_attn.q_proj": reader,
-            "self_attn.k_proj": reader,
-            "self_attn.v_proj": WeightBasis((self._residual,), value),
-            "self_attn.o_proj": WeightBasis((value, heads), self._residual),
-            "mlp.up_proj": reader,
-            "mlp.gate_proj": reader,
-            "mlp.down_proj": WeightBasis((intermediate,), self._residual),
+            QUERY: reader,
+            KEY: reader,
+            VALUE: WeightBasis((self._residual,), value),
+            OUTPUT: WeightBasis((value, heads), self._residual),
+            UP: reader,
+            GATE: reader,
+            DOWN: WeightBasis((intermediate,), self._residual),
         }
-        online = {"self_attn.o_proj": heads, "mlp.down_proj": intermediate}
+        online = {OUTPUT: heads, DOWN: intermediate}
         self._site_tensors = _site_tensors(online, key, scheme, options)
 
     def block(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """See `quant.methods.rewrite.Rewrite`: norms become ones, everything else the rotated tensors."""
+        """See `quant.transforms.rewrite.Rewrite`: norms become ones, everything else the rotated tensors."""
         new = {name: tensor.double() for name, tensor in tensors.items()}
         for site, norm in NORMS.items():
             for linear in INPUT_SITES[site]:

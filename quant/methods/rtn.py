@@ -1,14 +1,27 @@
-"""Round-to-nearest: the weights as they are, on the grid of their own range (paper, Eq. 1, "RTN")."""
+"""Round-to-nearest as a block method: the weights as they are, on the grid of their own range (paper, Eq. 1, "RTN")."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from quant.grids.affine import LinearState, grouped, minmax_grid
+import torch
+
+from quant.calibration.streaming import BlockMethod, BlockRun, LinearResult
+from quant.decoder import LINEAR_GROUPS
+from quant.grids.affine import fake_quantize, rtn
 from quant.grids.scheme import Scheme
+from quant.methods.options import RTNOptions
 
 
-def rtn(w_OI: Tensor, scheme: Scheme) -> LinearState:
-    """The latent weights are w_OI [O, I] itself, in float32; ValueError if a weight is not finite."""
-    if not w_OI.is_meta and not w_OI.isfinite().all():
-        raise ValueError("the weights hold infinities or NaN; a quantization grid needs finite weights")
-    scale_OG1, zero_OG1 = minmax_grid(grouped(w_OI.detach(), scheme), scheme)
-    return LinearState(w_OI.detach().float(), scale_OG1.squeeze(-1), zero_OG1.squeeze(-1))
+def rtn_blocks(_options: RTNOptions) -> BlockMethod:
+    """Every linear by itself, without calibration."""
+
+    def quantize(run: BlockRun, scheme: Scheme) -> dict[str, LinearResult]:
+        results = {}
+        for name in (name for group in LINEAR_GROUPS for name in group):
+            w_OI = run.linear(name).weight.detach().float()
+            state = rtn(w_OI, scheme)
+            difference_OI = w_OI - fake_quantize(state.weight, state.scale, state.zero, scheme, torch.float32)
+            results[name] = LinearResult(state, {"error": float(difference_OI.square().sum() / w_OI.square().sum())})
+            run.replace(name, state, scheme)
+        return results
+
+    return BlockMethod(quantize, needs_calibration=False)

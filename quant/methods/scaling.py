@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quant.calibration.streaming import LINEAR_GROUPS
-
-QKV, OUT, GATE_UP, DOWN = LINEAR_GROUPS
+from quant.decoder import ATTENTION, ATTENTION_NORM, DOWN, INPUT_SITES, MLP, MLP_NORM, OUTPUT, UP, VALUE
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,12 @@ def scale_pairs(block: nn.Module, *, scale_qkv: bool) -> list[ScalePair]:
     v -> o is one only where each value head feeds one query head: under grouped-query attention a value channel reaches
     several channels of o_proj, whose scales would have to agree.
     """
-    v_proj, o_proj = block.get_submodule("self_attn.v_proj"), block.get_submodule("self_attn.o_proj")
-    pairs = [ScalePair("input_layernorm", QKV, "self_attn")] if scale_qkv else []
+    v_proj, o_proj = block.get_submodule(VALUE), block.get_submodule(OUTPUT)
+    pairs = [ScalePair(ATTENTION_NORM, INPUT_SITES[ATTENTION], ATTENTION)] if scale_qkv else []
     if v_proj.out_features == o_proj.in_features:
-        pairs.append(ScalePair("self_attn.v_proj", OUT, "self_attn.o_proj"))
-    pairs.append(ScalePair("post_attention_layernorm", GATE_UP, "mlp"))
-    pairs.append(ScalePair("mlp.up_proj", DOWN, "mlp.down_proj"))
+        pairs.append(ScalePair(VALUE, INPUT_SITES[OUTPUT], OUTPUT))
+    pairs.append(ScalePair(MLP_NORM, INPUT_SITES[MLP], MLP))
+    pairs.append(ScalePair(UP, INPUT_SITES[DOWN], DOWN))
     return pairs
 
 

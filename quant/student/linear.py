@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from quant.grids.affine import CHECKPOINT_DTYPE, LinearState, fake_quantize, grouped, minmax_grid, snap_grid
+from quant.grids.affine import CHECKPOINT_DTYPE, LinearState, fake_quantize, grouped, minmax_grid, rtn, snap_grid
 from quant.grids.dynamic import DynamicGrid, dynamic_gradients, dynamic_grid, dynamic_values
 from quant.grids.scheme import ScaleMode, Scheme
-from quant.methods.rtn import rtn
 from quant.student.sites import INPUT_QUANTIZER, Clip, InputQuantizer, LayerSites, attach, attach_input
 from quant.student.targets import check_group_size, check_states, target_linears
 from quant.transforms.kronecker import WeightBasis

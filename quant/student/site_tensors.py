@@ -12,15 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from quant.decoder import INPUT_SITES, NORMS
 from quant.grids.scheme import Scheme
 from quant.student.linear import QuantLinear, quantized_linears
 from quant.student.sites import (
     DOWN_SCALE,
     INPUT_QUANTIZER,
-    INPUT_SITES,
     KV_QUANTIZER,
     KV_SITE,
-    NORMS,
     VALUE_TRANSFORM,
     Clip,
     InputQuantizer,

@@ -1,11 +1,11 @@
 """Where a decoder layer quantizes what flows through it: the inputs of its linears, and its keys and values.
 
-A layer has four input sites, each shared by the linears that read it (as in QRM, one activation quantizer per group):
-self_attn (q, k, v), o_proj, mlp (up, gate) and down_proj. An `InputQuantizer` becomes the submodule `input_quantizer`
-of the module at the site and works in a forward pre-hook, so no model class is copied and parameter names stay those of
-Hugging Face. A `KVQuantizer` becomes `kv_quantizer` of self_attn: it stands between RoPE and the key/value cache, by
-handing the attention a cache that quantizes what it is given before the real cache, if there is one, stores it. So
-training, prefill and decoding see the same keys and values.
+A layer has four input sites (`decoder.INPUT_SITES`), each shared by the linears that read it (as in QRM, one activation
+quantizer per group): self_attn (q, k, v), o_proj, mlp (up, gate) and down_proj. An `InputQuantizer` becomes the
+submodule `input_quantizer` of the module at the site and works in a forward pre-hook, so no model class is copied and
+parameter names stay those of Hugging Face. A `KVQuantizer` becomes `kv_quantizer` of self_attn: it stands between RoPE
+and the key/value cache, by handing the attention a cache that quantizes what it is given before the real cache, if
+there is one, stores it. So training, prefill and decoding see the same keys and values.
 
 Dimensions: B sequences, H key/value heads, T tokens, D head size.
 """
@@ -20,23 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.decoder import ATTENTION, DOWN, INPUT_SITES, MLP, OUTPUT, UP, VALUE
 from quant.grids.dynamic import DynamicGrid, dynamic_fake_quantize
 from quant.transforms.kronecker import KroneckerTransform, WeightBasis
 
-INPUT_SITES = {
-    "self_attn": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp": ("mlp.up_proj", "mlp.gate_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
-"""The module at each input site of a Qwen2, Qwen3 or Llama decoder layer in the order of computation, and the linears
-that read what it is given."""
-KV_SITE = "self_attn"
+KV_SITE = ATTENTION
 INPUT_QUANTIZER, KV_QUANTIZER = "input_quantizer", "kv_quantizer"
-VALUE_TRANSFORM, DOWN_SCALE = "self_attn.value_transform", "mlp.down_scale"
+VALUE_TRANSFORM, DOWN_SCALE = f"{ATTENTION}.value_transform", f"{MLP}.down_scale"
 """Transforms between two linears, which live in the weights of both alone: v_proj to o_proj, up_proj to down_proj."""
-NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
-"""The norm before a site, which takes the diagonal of the site's transform when the layer is folded."""
 
 
 class Clip(nn.Module):
@@ -126,8 +117,8 @@ class LayerSites:
     def weight_basis(self, linear: str) -> WeightBasis:
         """The basis of the linear of that name in the layer, where all transforms are in the weights' place."""
         site = next(site for site, linears in INPUT_SITES.items() if linear in linears)
-        before = {"self_attn.o_proj": VALUE_TRANSFORM, "mlp.down_proj": DOWN_SCALE}.get(linear)
-        after = {"self_attn.v_proj": VALUE_TRANSFORM, "mlp.up_proj": DOWN_SCALE}.get(linear)
+        before = {OUTPUT: VALUE_TRANSFORM, DOWN: DOWN_SCALE}.get(linear)
+        after = {VALUE: VALUE_TRANSFORM, UP: DOWN_SCALE}.get(linear)
         quantizer = self.inputs.get(site)
         inputs = (self.between.get(before or ""), None if quantizer is None else quantizer.transform)
         return WeightBasis(tuple(t for t in inputs if t is not None), self.between.get(after or ""))
@@ -138,8 +129,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "self_attn", None), nn.Module)
-        and isinstance(getattr(module, "mlp", None), nn.Module)
+        if isinstance(getattr(module, ATTENTION, None), nn.Module) and isinstance(getattr(module, MLP, None), nn.Module)
     }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from quant.decoder import HEAD
 from quant.grids.affine import LinearState, snap_grid
 from quant.grids.scheme import PER_CHANNEL, Scheme, working_group_sizes
 
@@ -18,7 +19,7 @@ def target_linears(model: nn.Module) -> dict[str, nn.Linear]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] != "lm_head"
+        if isinstance(module, nn.Linear) and module is not head and not f".{name}.weight".endswith(f".{HEAD}")
     }
     if not linears:
         raise ValueError("the model has no nn.Linear to quantize; if it is prepared, convert it first")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks.runtime.stage import StageError
 
@@ -94,17 +93,6 @@ def model_files(path: Path) -> list[str]:
     return sorted([*optional, *weight_files(path), *index])
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; one without padding token pads with its EOS, which every attention mask here hides."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise StageError(f"cannot read the tokenizer in {path}: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer files, chat template included, as they are."""
     for name in TOKENIZER_FILES:
@@ -124,6 +112,8 @@ def check_shard(path: Path) -> list[str]:
 
 
 def _check_vocabulary(path: Path, num_embeddings: int) -> None:
+    from tasks.checkpoints.tokenizer import load_tokenizer
+
     num_tokens = max(load_tokenizer(path).get_vocab().values()) + 1
     if num_tokens > num_embeddings:
         raise StageError(

@@ -38,11 +38,11 @@ from tasks.checkpoints.folders import (
     check_model_folder,
     check_shard,
     copy_tokenizer,
-    load_tokenizer,
     quant_method,
     read_json,
     write_json,
 )
+from tasks.checkpoints.tokenizer import load_tokenizer
 from tasks.runtime.stage import StageError
 
 __all__ = ["check_model_folder", "copy_tokenizer", "load_model", "load_student", "load_tokenizer", "save_student"]

@@ -23,12 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quant.calibration.activations import Keep, in_memory
 from quant.calibration.streaming import Batch, LinearResult
+from quant.decoder import EMBEDDING, FINAL_NORM, HEAD, DecoderShape, layer_name
 from quant.grids.affine import CHECKPOINT_DTYPE
 from quant.grids.scheme import Scheme
-from quant.methods.rewrite import DecoderShape, RewriteFactory
 from quant.student.site_tensors import build_sites, is_site_tensor, online_tensors
 from quant.student.sites import attach, quantizers
 from quant.student.targets import check_group_size
+from quant.transforms.rewrite import RewriteFactory
 from tasks.checkpoints.folders import (
     INDEX,
     ONLINE_FILE,
@@ -41,7 +42,6 @@ from tasks.checkpoints.folders import (
 from tasks.checkpoints.models import QAT_FOLDER, write_scheme
 from tasks.runtime.stage import StageError
 
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 WEIGHTS_FILE, LATENTS_FILE, REPORT_FILE = "weights.safetensors", "latents.safetensors", "report.json"
 
 
@@ -101,7 +101,8 @@ class CheckpointStream:
         recorders = [_Recorder() for _ in range(self.num_blocks)]
         inner.layers, inner.norm = nn.ModuleList(recorders), nn.Identity()
         inner.rotary_emb = type(inner.rotary_emb)(config=self.config)
-        inner.embed_tokens.weight = _frozen(self._embedding().to(self.dtype))
+        embeddings = inner.get_input_embeddings()
+        embeddings.weight = _frozen(self._embedding().to(self.dtype))
         batches = []
         for input_ids_BT, mask_BT in zip(input_ids_NT.split(batch_size), mask_NT.bool().split(batch_size), strict=True):
             used_T = mask_BT.any(0).nonzero()
@@ -112,7 +113,7 @@ class CheckpointStream:
             inputs = [recorder.inputs for recorder in recorders]
             mask = None if bool(mask_BT.all()) else mask_BT
             batches.append(Batch(keep(recorders[0].hidden_BTH), mask, inputs, keep))
-        inner.embed_tokens.weight = _frozen(inner.embed_tokens.weight.to("meta"))
+        embeddings.weight = _frozen(embeddings.weight.to("meta"))
         return batches
 
     def num_stored(self) -> int:
@@ -222,7 +223,7 @@ class CheckpointStream:
 
     @staticmethod
     def _prefix(index: int) -> str:
-        return f"model.layers.{index}."
+        return f"{layer_name(index)}."
 
 
 class _Recorder(nn.Module):

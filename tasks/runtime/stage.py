@@ -61,7 +61,7 @@ class Context:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def progress(self, done: int, total: int, unit: str = "step", **info: float | str) -> None:
+    def progress(self, done: float, total: int, unit: str = "step", **info: float | str) -> None:
         """Tell whoever watches that `done` of `total` units are finished."""
         if self.sink is not None:
             self.sink({"done": done, "total": total, "unit": unit, "info": info})

@@ -24,19 +24,11 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from quant.decoder import VLLM_ATTENTION, VLLM_SITES
 from quant.grids.scheme import Scheme
 from quant.student.site_tensors import build_sites
 from quant.student.sites import InputQuantizer, KVQuantizer, LayerSites
 from tasks.checkpoints.folders import ONLINE_FILE, QAT_FOLDER, QUANT_METHOD
-
-INPUT_SITES = {
-    "self_attn.qkv_proj": "self_attn",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "mlp.gate_up_proj": "mlp",
-    "mlp.down_proj": "mlp.down_proj",
-}
-"""Site (quant/student/sites.py) of each of vLLM's linears in a decoder layer."""
-ATTENTION = "self_attn.attn"
 
 
 def register() -> None:
@@ -101,7 +93,7 @@ class ReasoningQATConfig(QuantizationConfig):
             self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
             self._build([decoder_layer])
         if isinstance(layer, LinearBase):
-            return InputQuantizedLinearMethod(self, decoder_layer, INPUT_SITES[place])
+            return InputQuantizedLinearMethod(self, decoder_layer, VLLM_SITES[place])
         # vLLM asks for an attention layer's method several times.
         if not any(isinstance(hook, KVHook) for hook in layer._forward_pre_hooks.values()):
             layer.register_forward_pre_hook(KVHook(self, decoder_layer))
@@ -177,7 +169,7 @@ def _split(prefix: str) -> tuple[str, str]:
     """("model.layers.0", "mlp.down_proj"); ValueError for a module that Llama, Qwen2 and Qwen3 do not have."""
     parts = prefix.split(".")
     decoder_layer, place = ".".join(parts[:-2]), ".".join(parts[-2:])
-    if place not in (*INPUT_SITES, ATTENTION):
+    if place not in (*VLLM_SITES, VLLM_ATTENTION):
         raise ValueError(
             f"{QUANT_METHOD} does not know {prefix}: Llama, Qwen2 and Qwen3 run in vLLM's own implementation "
             "(model_impl='vllm'); others run in the transformers engine"

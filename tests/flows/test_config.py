@@ -149,13 +149,14 @@ def test_the_order_of_overrides_does_not_matter() -> None:
 
 
 def test_a_group_size_that_does_not_divide_is_told_before_any_compute() -> None:
+    from flows.config import ConfigError
     from flows.stage_runs import check_request
     from tasks.runtime.stage import StageError
 
     check_request("tiny_w2g128", [], [], None, [])
     with pytest.raises(StageError, match="64"):
         check_request("tiny_w2g128", ["ptq_init.scheme=W2G96"], [], None, [])
-    with pytest.raises(StageError, match="gptq"):
+    with pytest.raises(ConfigError, match="did you mean 'gptq'"):
         check_request("tiny_w2g128", ["ptq_init.method=gtpq"], [], None, [])
     with pytest.raises(StageError, match="/nowhere"):
         check_request("tiny_w2g128", ["model=/nowhere"], [], None, [])

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 
 from quant.grids.affine import fake_quantize
 from quant.grids.scheme import Scheme
-from quant.methods.options import GPTQOptions
 from quant.methods.registry import METHODS
 from tasks.checkpoints.models import load_model, load_student, read_scheme
 from tasks.checkpoints.stream import CheckpointStream
@@ -222,24 +223,23 @@ def test_fp32_base_is_calibrated_in_fp32(tmp_path, inputs):
     assert load_model(output, torch.float32).config.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"method": "gptqq"}, "did you mean 'gptq'"),
-        ({"scheme": "W3G128"}, "Group sizes that work"),
-        ({"scheme": "W3GX"}, "unknown scheme"),
-        ({"gptq": GPTQOptions(static_groups=False)}, "static_groups=True"),
-    ],
-)
-def test_bad_configuration_is_refused_before_any_work(tmp_path, inputs, changes, message):
-    with pytest.raises(StageError, match=message):
-        run(tmp_path, CONFIG.model_copy(update=changes), **inputs)
+def test_a_scheme_that_does_not_fit_the_model_is_refused_before_any_work(tmp_path, inputs):
+    with pytest.raises(StageError, match="Group sizes that work"):
+        run(tmp_path, CONFIG.model_copy(update={"scheme": "W3G128"}), **inputs)
     assert not list((tmp_path / "scratch").iterdir())
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"method": "gptqq"}, "did you mean 'gptq'"),
+        ({"scheme": "W3GX"}, "unknown scheme"),
+        ({"scheme": "W3G64", "gptq": {"static_groups": False}}, "static_groups=True"),
+        ({"scheme": "W1"}, "bits must be from 2 to 8"),
+        ({"scheme": "W3G0"}, "group_size must be positive"),
+        ({"scheme": "W4A4", "method": "awq"}, "awq quantizes weights only"),
+        ({"scheme": "W3", "method": "flatquant"}, "does not quantize them"),
+        ({"scale_rule": "full_range"}, "symmetric=True"),
         ({"gptq": {"damping": -1.0}}, "damping must lie"),
         ({"gptq": {"num_ratios": 20}}, "num_ratios"),
         ({"act_order": False}, "act_order"),
@@ -252,10 +252,33 @@ def test_options_that_a_method_lacks_are_refused(fields, message):
         PTQInitConfig.model_validate(fields)
 
 
+SCHEMES = {"flatquant": "W4A4KV4"}
+NUMBERS = [
+    (name, field.name)
+    for name, method in METHODS.items()
+    for field in dataclasses.fields(method.options)
+    if type(field.default) in (int, float)
+]
+
+
+@pytest.mark.parametrize(("method", "field"), NUMBERS)
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), -float("inf"), 1e300, 10**40])
+def test_every_number_of_every_method_has_bounds(method, field, value):
+    with pytest.raises(ValidationError, match=field):
+        PTQInitConfig.model_validate({"scheme": SCHEMES.get(method, "W3"), "method": method, method: {field: value}})
+
+
+def test_the_stage_and_the_table_of_methods_load_neither_torch_nor_transformers():
+    heavy = {"torch", "transformers", "numpy", "huggingface_hub"}
+    code = f"import sys, tasks.ptq_init, tasks.base_model; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
 def test_every_method_with_options_has_a_section():
     for name, method in METHODS.items():
         if dataclasses.fields(method.options):
-            config = PTQInitConfig.model_validate({"method": name, name: {}})
+            config = PTQInitConfig.model_validate({"scheme": SCHEMES.get(name, "W3"), "method": name, name: {}})
             assert config.parsed_method() == (method, method.options())
 
 

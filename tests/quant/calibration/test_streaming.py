@@ -10,13 +10,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from quant.calibration.streaming import LINEAR_GROUPS, Batch, BlockRun, quantize_blocks
-from quant.grids.affine import fake_quantize, grouped, quantize
+from quant.calibration.streaming import Batch, BlockRun, quantize_blocks
+from quant.decoder import LINEAR_GROUPS
+from quant.grids.affine import fake_quantize, grouped, quantize, rtn
 from quant.grids.scheme import Scheme
 from quant.methods.gptq import gptq
 from quant.methods.options import GPTQOptions, RTNOptions
 from quant.methods.registry import METHODS, initializer
-from quant.methods.rtn import rtn
 
 SCHEME = Scheme(3, 32, symmetric=False)
 SIZES = {

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from quant.calibration.streaming import LINEAR_GROUPS, Batch, BlockRun, quantize_blocks
+from quant.calibration.streaming import Batch, BlockRun, quantize_blocks
+from quant.decoder import LINEAR_GROUPS
 from quant.grids.affine import fake_quantize
 from quant.grids.scheme import Scheme
 from quant.methods.awq import InputStatistics, awq_blocks, channel_scale, clip_grid, observe, search_ratio

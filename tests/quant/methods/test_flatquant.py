@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from quant.calibration.activations import Keep, in_memory, on_disk
 from quant.calibration.streaming import Batch, BlockRun, LinearResult, quantize_blocks
+from quant.decoder import INPUT_SITES
 from quant.grids.scheme import Scheme
 from quant.methods.flatquant import flatquant_blocks, initial_sites, learnable
 from quant.methods.flatquant_training import float_copy, observe
@@ -20,7 +21,6 @@ from quant.methods.options import FlatQuantOptions
 from quant.student.linear import prepare, quantized_linears
 from quant.student.sites import (
     DOWN_SCALE,
-    INPUT_SITES,
     VALUE_TRANSFORM,
     InputQuantizer,
     KVQuantizer,
@@ -272,6 +272,14 @@ def test_an_ill_conditioned_block_starts_anew_at_a_lower_rate() -> None:
     assert report["last_loss"] == second["last_loss"], "from the initial transforms, not from where it went wrong"
 
 
+def beyond_bounds(**fields: float) -> FlatQuantOptions:
+    """Options that a configuration would refuse."""
+    options = FlatQuantOptions(epochs=1, max_retries=0)
+    for name, value in fields.items():
+        object.__setattr__(options, name, value)
+    return options
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -280,7 +288,7 @@ def test_an_ill_conditioned_block_starts_anew_at_a_lower_rate() -> None:
             r"block 0: calibration is unstable: at learning rate 0\.005 a condition number reached .* in epoch 1; at "
             r"learning rate 0\.0017 .*; at learning rate 0\.00056 .*Lower flatquant\.learning_rate",
         ),
-        (FlatQuantOptions(epochs=1, learning_rate=1e30, max_retries=0), "the loss became|infinite or NaN|inv|cond"),
+        (beyond_bounds(learning_rate=1e30), "the loss became|infinite or NaN|inv|cond"),
     ],
 )
 def test_when_the_retries_are_used_up_the_error_says_what_to_change(options: FlatQuantOptions, message: str) -> None:

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from quant.grids.affine import LinearState, fake_quantize, grouped, minmax_grid, mse_grid, quantize
+from quant.grids.affine import LinearState, fake_quantize, grouped, minmax_grid, mse_grid, quantize, rtn
 from quant.grids.scheme import Scheme
 from quant.methods import gptq as module
 from quant.methods.gptq import HessianError, gptq, gptq_shared, inverse_factor, relative_error
 from quant.methods.options import GPTQOptions
-from quant.methods.rtn import rtn
 
 ORDERS = {
     "act_order": {"act_order": True, "static_groups": True},

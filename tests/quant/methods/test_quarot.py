@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from quant.decoder import DecoderShape
 from quant.grids.scheme import Scheme
 from quant.methods.options import GPTQOptions, QuaRotOptions
 from quant.methods.quarot import Rotation, quarot_blocks, random_signs
-from quant.methods.rewrite import DecoderShape
 from quant.student.site_tensors import build_sites
 from quant.student.sites import Clip, KVQuantizer, attach, decoder_layers, quantizers_disabled
 from quant.transforms.hadamard import hadamard_matrix

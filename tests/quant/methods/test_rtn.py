@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from quant.grids.affine import grouped, minmax_grid
+from quant.grids.affine import grouped, minmax_grid, rtn
 from quant.grids.scheme import Scheme
-from quant.methods.rtn import rtn
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

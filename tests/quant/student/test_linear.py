@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from quant.grids.scheme import ScaleMode, Scheme
-from quant.methods.rtn import rtn
 from quant.student.linear import (
     LinearState,
     QuantLinear,

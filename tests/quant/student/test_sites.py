@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from quant.grids.affine import LinearState
+from quant.decoder import INPUT_SITES
+from quant.grids.affine import LinearState, rtn
 from quant.grids.scheme import Scheme
-from quant.methods.rtn import rtn
 from quant.student.linear import QuantLinear, prepare
 from quant.student.sites import (
     DOWN_SCALE,
     INPUT_QUANTIZER,
-    INPUT_SITES,
     VALUE_TRANSFORM,
     Clip,
     InputQuantizer,

@@ -185,8 +185,10 @@ def test_killed_distillation_resumes_with_the_same_bytes(make_model_folder, tmp_
 def test_what_does_not_fit_is_refused_before_any_work(make_model_folder, tmp_path):
     base = make_model_folder("llama")
     for scheme in ("W4", "W3G32"):
-        with pytest.raises(StageError, match="flatquant transforms activations"):
-            check_fits(CONFIG.model_copy(update={"scheme": scheme}), base)
+        with pytest.raises(ValidationError, match="flatquant transforms activations"):
+            PTQInitConfig(method="flatquant", scheme=scheme)
+    with pytest.raises(StageError, match="group sizes that work"):
+        check_fits(CONFIG.model_copy(update={"scheme": "W4G48A4"}), base)
     with pytest.raises(ValidationError, match="usual is 15"):
         PTQInitConfig(method="flatquant", flatquant={"epochs": 0})
     output, _ = run(tmp_path, base, CONFIG.model_copy(update={"flatquant": FlatQuantOptions(epochs=1)}))

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from quant.grids.affine import LinearState
+from quant.decoder import INPUT_SITES
+from quant.grids.affine import LinearState, rtn
 from quant.grids.scheme import Scheme
-from quant.methods.rtn import rtn
 from quant.student.linear import prepare
 from quant.student.sites import (
     DOWN_SCALE,
-    INPUT_SITES,
     VALUE_TRANSFORM,
     Clip,
     InputQuantizer,

@@ -9,34 +9,12 @@ Dimensions: V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from quant.decoder import DecoderShape
 from quant.grids.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The sizes that a decoder layer's transforms have to fit."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    head_dim: int
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DecoderShape:
-        """From the content of a config.json: head_dim is its own there (Qwen3), hidden size / heads if absent."""
-        hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
-        head_dim = config.get("head_dim") or hidden_size // num_heads
-        return cls(hidden_size, config["intermediate_size"], num_heads, head_dim)
-
-    @property
-    def in_features(self) -> tuple[int, ...]:
-        """The widths of all linears' inputs."""
-        return self.hidden_size, self.num_heads * self.head_dim, self.intermediate_size
 
 
 class Rewrite(Protocol):

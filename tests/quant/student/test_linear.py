@@ -17,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from quant.grids.affine import rtn
 from quant.grids.scheme import ScaleMode, Scheme
 from quant.student.linear import (
     LinearState,

@@ -11,7 +11,7 @@ ROOT_VARIABLE = "REASONING_QAT_STORE"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors, pyarrow, sqlite and torch raise types of their own that carry the system's words, not its number.
 FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "database or disk is full")
-LONGEST_PATH = 100
+LONGEST_PATH, LONGEST_REASON = 100, 120
 
 
 class StoreError(Exception):
@@ -59,3 +59,16 @@ def shown(path: object) -> str:
     """A path for a message: of a long one its end."""
     text = str(path)
     return text if len(text) <= LONGEST_PATH else "..." + text[3 - LONGEST_PATH :]
+
+
+def brief(reason: str) -> str:
+    """A reason for a message: of a long one its beginning."""
+    return reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 3] + "..."
+
+
+def given_folder(path: Path | str) -> Path:
+    """The folder a person named, as an absolute path; StoreError where that names nothing."""
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL bytes, loops of links, the home of nobody
+        raise StoreError(f"{shown(path)!r} names no folder ({error}): set {ROOT_VARIABLE} to another") from error

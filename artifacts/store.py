@@ -11,7 +11,7 @@ ledger.jsonl               append-only history
 tmp/.tmp-*                 being written; removed once its owner is dead
 work/<key>/                mid-stage state, kept for resuming
 locks/<name>.lock          held by flock
-quarantine/<kind>/         damaged artifacts, <digest>-<n>; nothing reads them, and they may be deleted
+quarantine/                damaged artifacts and records, <digest>-<n>; nothing reads them, and they may be deleted
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts import manifest, records
-from artifacts.disk import ROOT_VARIABLE, StoreError, disk_errors, shown
+from artifacts.disk import ROOT_VARIABLE, StoreError, brief, disk_errors, given_folder, shown
 from artifacts.files import flush, move_aside
 from artifacts.keys import REPOSITORY, digest
 from artifacts.ledger import Ledger, now
@@ -37,7 +37,6 @@ from artifacts.temporary import TemporaryFolders
 FOLDERS = ("objects", "records", "tmp", "locks", "work", "quarantine")
 TELEMETRY_KIND = "telemetry"
 MOST_CANDIDATES = 8  # shown when a prefix is ambiguous
-LONGEST_REASON = 120
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Store:
 
     def __init__(self, root: Path | str | None = None) -> None:
         chosen = root or os.environ.get(ROOT_VARIABLE) or REPOSITORY / "artifacts" / "store"
-        self.root = _folder(chosen)
+        self.root = given_folder(chosen)
         self.ledger = Ledger(self.root / "ledger.jsonl")
         self._temporary = TemporaryFolders(self.root / "tmp")
         self._cached_records: dict[str, tuple[tuple[int, int], Record | None]] = {}
@@ -74,8 +73,10 @@ class Store:
             self._reported.add((key, reason))
             with contextlib.suppress(OSError):  # a read must not fail because the history cannot be written
                 self.ledger.append("damaged", key=key, reason=reason)
+                if full and record is None:
+                    move_aside(self._record_path(key), self.root / "quarantine" / "records" / key)
             if full and not (record and self.quarantine(record.ref, reason)):
-                logger.warning("%s (record %s): the stage runs again", _brief(reason), key[:12])
+                logger.warning("%s (record %s): the stage runs again", brief(reason), key[:12])
         return None if reason else record
 
     def explain(self, key: str, full: bool = False) -> str:
@@ -89,7 +90,7 @@ class Store:
         except FileNotFoundError:
             return None, "no record"
         except (OSError, ValueError) as error:
-            return None, f"record unreadable: {_brief(str(error))}"
+            return None, f"record unreadable: {brief(str(error))}"
         if not matches:
             return None, "record unreadable: it belongs to another key"
         return record, "; ".join(self.verify(record.ref, full))
@@ -272,19 +273,8 @@ class Store:
         return disk_errors(self.root, about)
 
 
-def _folder(chosen: Path | str) -> Path:
-    try:
-        return Path(chosen).expanduser().resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # NUL bytes, loops of links, the home of nobody
-        raise StoreError(f"{shown(chosen)!r} names no folder ({error}): set {ROOT_VARIABLE} to another") from error
-
-
 def _named(ref: Ref, reason: str) -> str:
-    return f"{ref.kind}:{ref.short} ({_brief(reason)})"
-
-
-def _brief(reason: str) -> str:
-    return reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 3] + "..."
+    return f"{ref.kind}:{ref.short} ({brief(reason)})"
 
 
 def _read_record(path: Path) -> Record | None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from artifacts import scratch as midstage
 from quant.calibration.activations import Keep, in_memory
 from quant.calibration.streaming import Batch, LinearResult
 from quant.decoder import EMBEDDING, FINAL_NORM, HEAD, DecoderShape, layer_name
@@ -117,7 +118,7 @@ class CheckpointStream:
         return batches
 
     def num_stored(self) -> int:
-        return next((i for i in range(self.num_blocks) if not self._folder(i).is_dir()), self.num_blocks)
+        return next((i for i in range(self.num_blocks) if not midstage.is_sound(self._folder(i))), self.num_blocks)
 
     def load(self, index: int) -> nn.Module:
         prefix = self._prefix(index)
@@ -136,10 +137,7 @@ class CheckpointStream:
     def store(
         self, index: int, block: nn.Module, results: Mapping[str, LinearResult], further: Mapping[str, Tensor]
     ) -> None:
-        """Write the block's folder under another name first: a folder of the final name is always complete.
-
-        Tensors that the method left alone are written as the checkpoint holds them.
-        """
+        """Tensors that the method left alone are written as the checkpoint holds them."""
         prefix, scheme = self._prefix(index), self.scheme
         own = {name: tensor for name, tensor in block.state_dict().items() if not is_site_tensor(name)}
         now = {f"{prefix}{name}": tensor.cpu() for name, tensor in own.items()}
@@ -154,15 +152,12 @@ class CheckpointStream:
             latents[f"{prefix}{name}.zero"] = state.zero.float().cpu()
             if state.clip is not None:
                 latents[f"{prefix}{name}.clip"] = state.clip.float().cpu()
-        unfinished = self.scratch / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(weights, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
-        save_file(latents, unfinished / LATENTS_FILE, metadata={"format": "pt"})
         online = {f"{prefix}{name}": tensor.cpu() for name, tensor in online_tensors(block).items()}
-        save_file(online, unfinished / ONLINE_FILE, metadata={"format": "pt"})
-        write_json(unfinished / REPORT_FILE, {f"{prefix}{name}": result.report for name, result in results.items()})
-        unfinished.rename(self._folder(index))
+        with midstage.writing(self._folder(index)) as folder:
+            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            save_file(latents, folder / LATENTS_FILE, metadata={"format": "pt"})
+            save_file(online, folder / ONLINE_FILE, metadata={"format": "pt"})
+            write_json(folder / REPORT_FILE, {f"{prefix}{name}": result.report for name, result in results.items()})
 
     def report(self) -> dict[str, dict[str, float | int]]:
         """The figures of every linear by its full name, all blocks being stored."""

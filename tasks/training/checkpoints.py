@@ -1,22 +1,26 @@
 """Mid-stage checkpoints: trained parameters, optimizer moments, step and log, in safetensors and JSON.
 
-A checkpoint is one folder that appears by a rename, so a kill at any moment leaves the previous one whole.
+A checkpoint is one folder that appears by a rename, so a kill at any moment leaves the one before it whole.  The last
+two are kept, for the case that one turns out damaged: 24 bytes a trained parameter with Adam in fp32.  The older one is
+removed before the next is written, so there are never more than two.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from artifacts import scratch as midstage
+
 PREFIX = "checkpoint-"
+PARAMETERS, LOG = "parameters.safetensors", "log.json"
 Row = dict[str, Any]
 
 
@@ -33,48 +37,69 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save(scratch: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rows: list[Row]) -> None:
-    """Write the state after `len(rows)` steps and remove older checkpoints."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = scratch / f"{PREFIX}{len(rows):08d}"
-    temporary = scratch / f"tmp-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    _save_tensors(trained_state(module), temporary / "parameters.safetensors")
-    for i, optimizer in enumerate(optimizers):
-        _save_tensors(_moments(optimizer), temporary / f"optimizer-{i}.safetensors")
-    (temporary / "log.json").write_text(json.dumps(rows))
-    for path in [*temporary.iterdir(), temporary]:
-        _fsync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-    _fsync(scratch)
-    for old in scratch.glob(f"{PREFIX}*"):
-        if old != folder:
-            shutil.rmtree(old)
+    """Write the state after `len(rows)` steps, beside the newest checkpoint before it."""
+    for old in sorted(scratch.glob(f"{PREFIX}*"))[:-1]:
+        midstage.remove(old)
+    with midstage.writing(scratch / f"{PREFIX}{len(rows):08d}") as folder:
+        _save_tensors(trained_state(module), folder / PARAMETERS)
+        for i, optimizer in enumerate(optimizers):
+            _save_tensors(_moments(optimizer), folder / _optimizer_file(i))
+        (folder / LOG).write_text(json.dumps(rows))
 
 
 def restore(scratch: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Row]:
-    """Load the newest checkpoint into `module` and `optimizers`; returns its log rows, [] when there is none."""
-    folder = latest(scratch)
-    if folder is None:
-        return []
-    saved = load_file(folder / "parameters.safetensors")
-    state = trained_state(module)
-    if saved.keys() != state.keys():
-        raise ValueError(f"{folder} does not belong to this model (names differ); remove it to start anew")
-    for name, value in state.items():
+    """Load the newest sound checkpoint into `module` and `optimizers`; returns its log rows, [] when there is none.
+
+    Checkpoints that are damaged, or are not of this module, are set aside; nothing of them is loaded.
+    """
+    for folder in sorted(scratch.glob(f"{PREFIX}*"), reverse=True):
+        if not midstage.is_sound(folder):
+            continue
+        try:
+            return _load(folder, module, optimizers)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            midstage.set_aside(folder, f"not of this run: {error}")
+    return []
+
+
+def _load(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Row]:
+    rows = json.loads((folder / LOG).read_text())
+    if folder.name != f"{PREFIX}{len(rows):08d}":
+        raise ValueError(f"its log has {len(rows)} steps")
+    saved, present = load_file(folder / PARAMETERS), trained_state(module)
+    _check_alike(saved, present)
+    moments = [load_file(folder / _optimizer_file(i)) for i in range(len(optimizers))]
+    for optimizer, tensors in zip(optimizers, moments, strict=True):
+        _check_moments(optimizer, tensors)
+    for name, value in present.items():
         value.copy_(saved[name])
-    for i, optimizer in enumerate(optimizers):
-        _load_moments(optimizer, load_file(folder / f"optimizer-{i}.safetensors"))
-    return json.loads((folder / "log.json").read_text())
+    for optimizer, tensors in zip(optimizers, moments, strict=True):
+        _load_moments(optimizer, tensors)
+    return rows
+
+
+def _check_alike(saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
+    if saved.keys() != present.keys():
+        raise ValueError("its parameters have other names")
+    for name, value in present.items():
+        if (saved[name].shape, saved[name].dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{name} is {saved[name].dtype} {list(saved[name].shape)}")
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    """Every moment belongs to a parameter and is a scalar or has its shape."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, value in moments.items():
+        parameter = parameters[int(key.split(".", 1)[0])] if int(key.split(".", 1)[0]) < len(parameters) else None
+        if parameter is None or value.shape not in (parameter.shape, torch.Size()):
+            raise ValueError(f"optimizer state {key} is {list(value.shape)}")
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as `<parameter number>.<name>`; only tensors, so an optimizer with other state is refused."""
     moments = {}
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
             if not isinstance(value, Tensor):
                 raise ValueError(f"optimizer state {name!r} is not a tensor: such an optimizer cannot be resumed")
             moments[f"{number}.{name}"] = value
@@ -82,20 +107,16 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    values: dict[int, dict[str, Tensor]] = {}
     for key, value in moments.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        values.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _optimizer_file(number: int) -> str:
+    return f"optimizer-{number}.safetensors"
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

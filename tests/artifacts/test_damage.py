@@ -14,37 +14,11 @@ import pytest
 from artifacts import Ref, Store, StoreError, files
 from artifacts.files import file_sha256
 
+Damage = Callable[[Path], None]
+Flip = Callable[..., None]
+
 PAYLOAD = {"stage": "kd_train", "version": "1", "code": "c", "config": {"steps": 3}, "inputs": {"student": "s1"}}
 CONTENTS = {"model.safetensors": b"weights" * 100, "config.json": b'{"a": 1}', "qat/scheme.json": b"{}"}
-
-
-def flip(file: Path, place: float = 0.5, bit: int = 1) -> None:
-    """Change one bit and leave no trace in the time stamps: what a failing disk does."""
-    before = file.stat()
-    content = bytearray(file.read_bytes())
-    content[int(place * (len(content) - 1))] ^= bit
-    file.chmod(0o644)
-    file.write_bytes(content)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def append(file: Path) -> None:
-    file.chmod(0o644)
-    with file.open("ab") as stream:
-        stream.write(b"x")
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flip": flip,
-    "truncate": truncate,
-    "empty": lambda file: os.truncate(file, 0),
-    "delete": Path.unlink,
-    "append": append,
-}
 
 
 @pytest.fixture
@@ -60,13 +34,12 @@ def commit(store: Store) -> Ref:
     return store.commit(folder, "checkpoint", store.key(PAYLOAD), PAYLOAD, {"metrics": {"loss": 0.25}})
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [*CONTENTS, "MANIFEST.json"])
 def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
-    store: Store, caplog: pytest.LogCaptureFixture, name: str, damage: str
+    store: Store, caplog: pytest.LogCaptureFixture, name: str, damage: Damage
 ) -> None:
     ref, key = commit(store), store.key(PAYLOAD)
-    DAMAGES[damage](store.folder(ref) / name)
+    damage(store.folder(ref) / name)
     with caplog.at_level(logging.WARNING, "artifacts"):
         assert Store(store.root).lookup(key, full=True) is None
     [line] = caplog.messages
@@ -78,12 +51,11 @@ def test_a_damaged_artifact_is_no_hit_and_is_set_aside(
     assert store.lookup(key, full=True) is not None
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [*CONTENTS, "MANIFEST.json"])
-def test_a_damaged_artifact_is_not_read(store: Store, name: str, damage: str) -> None:
+def test_a_damaged_artifact_is_not_read(store: Store, name: str, damage: Damage) -> None:
     """`path` is the one door to an artifact's files."""
     ref = commit(store)
-    DAMAGES[damage](store.path(ref) / name)
+    damage(store.path(ref) / name)
     with pytest.raises(StoreError, match=r"damaged.*set aside: run its stage again") as caught:
         store.path(ref)
     assert len(str(caught.value)) <= 300
@@ -91,38 +63,37 @@ def test_a_damaged_artifact_is_not_read(store: Store, name: str, damage: str) ->
         store.path(ref)
 
 
-def test_every_bit_of_a_manifest_counts(store: Store) -> None:
+def test_every_bit_of_a_manifest_counts(store: Store, flip_bit: Flip) -> None:
     ref = commit(store)
     manifest = store.folder(ref) / "MANIFEST.json"
     size = manifest.stat().st_size
     for place in range(0, size, 7):
-        flip(manifest, place / (size - 1), 1 << place % 8)
+        flip_bit(manifest, place / (size - 1), 1 << place % 8)
         assert store.verify(ref), place
-        flip(manifest, place / (size - 1), 1 << place % 8)
+        flip_bit(manifest, place / (size - 1), 1 << place % 8)
         assert not store.verify(ref, full=True)
 
 
-def test_no_flipped_bit_of_a_record_is_believed(store: Store) -> None:
+def test_no_flipped_bit_of_a_record_is_believed(store: Store, flip_bit: Flip) -> None:
     """A flip leaves the record as it was (white space) or makes it unreadable; never another record."""
     commit(store)
     key = store.key(PAYLOAD)
     file, sound = store.root / "records" / f"{key}.json", store.lookup(key)
     size = file.stat().st_size
     unread = 0
-    for place in range(size):
-        flip(file, place / (size - 1), 1 << place % 8)
+    for place in range(0, size, 3):
+        flip_bit(file, place / (size - 1), 1 << place % 8)
         found = Store(store.root).lookup(key)
         assert found is None or found == sound, place
         unread += found is None
-        flip(file, place / (size - 1), 1 << place % 8)
-    assert unread > 0.8 * size
+        flip_bit(file, place / (size - 1), 1 << place % 8)
+    assert unread > 0.25 * size
     assert store.lookup(key) == sound
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_record_is_a_miss_that_the_next_commit_mends(store: Store, damage: str) -> None:
+def test_a_damaged_record_is_a_miss_that_the_next_commit_mends(store: Store, damage: Damage) -> None:
     ref, key = commit(store), store.key(PAYLOAD)
-    DAMAGES[damage](store.root / "records" / f"{key}.json")
+    damage(store.root / "records" / f"{key}.json")
     assert store.lookup(key, full=True) is None
     assert list(store.records()) == []
     assert commit(store) == ref
@@ -140,26 +111,28 @@ def test_records_of_the_format_before_are_read(store: Store) -> None:
     assert Store(store.root).lookup(store.key(PAYLOAD)) is None, "the present format without its checksum"
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d != "delete"])
-def test_a_damaged_ledger_costs_its_line_alone(store: Store, damage: str) -> None:
+@pytest.mark.parametrize("content", [b"", b'{"event": "com', b"\xff\xfe\n", b"[1]\n"])
+def test_a_damaged_ledger_costs_its_line_alone(store: Store, content: bytes) -> None:
     commit(store)
-    DAMAGES[damage](store.ledger.path)
+    store.ledger.path.write_bytes(content)
     assert commit(store)
-    assert [event["event"] for event in store.ledger.events()][-1] == "commit"
+    assert [event["event"] for event in store.ledger.events()] == ["commit"]
     assert store.lookup(store.key(PAYLOAD), full=True) is not None
 
 
-def test_quarantine_counts_up_and_ignores_what_is_sound(store: Store) -> None:
+def test_quarantine_counts_up_and_ignores_what_is_sound(store: Store, flip_bit: Flip) -> None:
     ref = commit(store)
     assert store.quarantine(ref, "nothing is wrong") is None and store.path(ref)
     for number in (1, 2):
-        flip(store.folder(ref) / "config.json")
+        flip_bit(store.folder(ref) / "config.json")
         moved = store.quarantine(ref, "content differs")
         assert moved is not None and moved.name.endswith(f"-{number}")
         commit(store)
 
 
-def test_a_hash_is_computed_once_while_a_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_is_computed_once_while_a_file_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip_bit: Flip
+) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"a" * 1000)
     real, calls = files.hashlib.file_digest, []
@@ -170,7 +143,7 @@ def test_a_hash_is_computed_once_while_a_file_stays_as_it_is(tmp_path: Path, mon
     time.sleep(0.01)
     settled = [file_sha256(file), file_sha256(file)]
     assert len(calls) == 3 and len({*fresh, *settled}) == 1
-    flip(file)  # the modification time is put back; the change time cannot be
+    flip_bit(file)  # the modification time is put back; the change time cannot be
     assert file_sha256(file) not in fresh and len(calls) == 4
 
 

@@ -137,8 +137,8 @@ def test_killed_run_resumes_with_the_same_bytes(tmp_path, inputs, monkeypatch, m
 
     def dying_store(self, index, block, results, further):
         if index == 1 and moment.startswith("before"):
-            (self.scratch / "unfinished").mkdir()
-            (self.scratch / "unfinished" / "weights.safetensors").write_bytes(b"half")
+            (self.scratch / "tmp-block-00001").mkdir()
+            (self.scratch / "tmp-block-00001" / "weights.safetensors").write_bytes(b"half")
             raise Killed
         store(self, index, block, results, further)
         if index == 1:
@@ -155,6 +155,29 @@ def test_killed_run_resumes_with_the_same_bytes(tmp_path, inputs, monkeypatch, m
     run_through = [] if method == "gptq" else [index for index in range(3) if index not in to_do]
     assert loads == run_through + to_do  # AWQ is calibrated on the full-precision blocks, GPTQ on the stored ones
     assert bytes_of(resumed) == bytes_of(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, inputs):
+    """The undisturbed bytes, and the scratch of a run that was killed when two blocks of three were stored."""
+    folder = tmp_path_factory.mktemp("killed")
+    undisturbed, _ = run(folder / "a", CONFIG, **inputs)
+    shutil.copytree(folder / "a" / "scratch", folder / "scratch")
+    shutil.rmtree(folder / "scratch" / "block-00002")
+    return bytes_of(undisturbed), folder / "scratch"
+
+
+@pytest.mark.parametrize(
+    ("index", "name"), [(0, "weights.safetensors"), (1, "latents.safetensors"), (1, "report.json")]
+)
+def test_a_damaged_block_is_set_aside_and_quantized_again(tmp_path, inputs, killed, damage, caplog, name, index):
+    undisturbed, scratch = killed
+    shutil.copytree(scratch, tmp_path / "scratch")
+    damage(tmp_path / "scratch" / f"block-{index:05d}" / name)
+    resumed, _ = run(tmp_path, CONFIG, **inputs)
+    assert bytes_of(resumed) == undisturbed
+    assert (tmp_path / "scratch" / f"damaged-block-{index:05d}-1").is_dir()
+    assert [message.split()[1] for message in caplog.messages] == [f"block-{index:05d}"]
 
 
 def test_embedded_batches_are_what_the_model_itself_computes(tmp_path, inputs):

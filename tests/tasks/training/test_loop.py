@@ -95,7 +95,7 @@ def test_a_torn_checkpoint_is_not_taken(tiny_model, tmp_path):
     (tmp_path / "tmp-checkpoint-00000003" / "log.json").write_text("[")
     _, rows = run(tiny_model, tmp_path, config)
     assert len(rows) == config.steps
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000006"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-00000003", "checkpoint-00000006"}
 
 
 def test_only_safetensors_and_json_are_written(tiny_model, tmp_path):
@@ -103,11 +103,11 @@ def test_only_safetensors_and_json_are_written(tiny_model, tmp_path):
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json"}
 
 
-def test_a_checkpoint_of_another_model_is_refused(tiny_model, tmp_path):
+def test_a_checkpoint_of_another_model_is_set_aside(tiny_model, tmp_path):
     run(tiny_model, tmp_path, config_of())
     other = SFTObjective(tiny_model(tied=False))
-    with pytest.raises(ValueError, match="names differ"):
-        checkpoints.restore(tmp_path, other, adam(other, config_of()))
+    assert checkpoints.restore(tmp_path, other, adam(other, config_of())) == []
+    assert checkpoints.latest(tmp_path) is None
 
 
 class Poisoned(SFTObjective):

@@ -86,6 +86,7 @@ class PTQInitConfig(StageConfig):
     reads={"base": "base", "calibration": "calibration"},
     gives=("student", "model"),
     packages=lambda config: ("torch", "transformers"),
+    chooses=lambda config: {"quant.methods.registry:METHODS": config.method},
 )
 def ptq_init(config: PTQInitConfig, context: Context, *, base: Path, calibration: Path | None = None) -> dict[str, Any]:
     """Quantize `base` block by block and write the QAT start: dequantized weights, and latents with their grids."""

@@ -13,11 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts.keys import code_digest
+from pydantic import BaseModel
+
+from artifacts.code import Code, Entry, changed, code_of
+from artifacts.loaded import loaded_sources
 from artifacts.refs import Ref
 from artifacts.store import Store
 from tasks.runtime.machine import package_versions
@@ -40,15 +43,22 @@ class StageRun:
     force: bool = False
     source_digest: str | None = None
     """Content digest of what the stage reads from outside the store (a local model or data set)."""
-    code: str = ""
-    """Digest of the code; taken once where the run is made, and the same for the worker that executes it."""
+    code: Code | None = None
+    """What the stage runs; taken once where the run is made, and the worker that executes it must have the same."""
 
     def __post_init__(self) -> None:
-        if not self.code:
-            object.__setattr__(self, "code", code_digest(self.stage.module))
+        if self.code is None:
+            object.__setattr__(self, "code", code_of(self.entry))
+
+    @property
+    def entry(self) -> Entry:
+        """Where the stage's code begins, under its configuration."""
+        choices = tuple(sorted(self.stage.chooses(self.config).items()))
+        return Entry(self.stage.module, self.stage.body.__name__, tuple(sorted(_classes(self.config))), choices)
 
     def payload(self) -> dict[str, Any]:
         """What the key hashes: never a path of this machine, a device or a date."""
+        assert self.code is not None
         self.stage.check_inputs(self.inputs)
         config = self.config.model_dump(mode="json", exclude=set(self.config.unkeyed_fields))
         if self.source_digest is not None:
@@ -58,10 +68,22 @@ class StageRun:
         return {
             "stage": self.stage.name,
             "version": self.stage.version,
-            "code": self.code,
+            "code": self.code.digest,
             "config": config,
             "inputs": {name: str(ref) for name, ref in sorted(self.inputs.items())},
         }
+
+
+def _classes(value: Any) -> set[tuple[str, str]]:
+    """The classes of a configuration and of the objects in it, which bring their methods along."""
+    if isinstance(value, dict):
+        return {found for item in value.values() for found in _classes(item)}
+    if isinstance(value, list | tuple | set | frozenset):
+        return {found for item in value for found in _classes(item)}
+    if isinstance(value, BaseModel) or is_dataclass(value):
+        kind = type(value)
+        return {(kind.__module__, kind.__qualname__)} | _classes(list(vars(value).values()))
+    return set()
 
 
 @dataclass(frozen=True)
@@ -104,7 +126,9 @@ def execute(run: StageRun) -> Outcome:
         started = time.perf_counter()
         try:
             with _log_into(scratch / LOG_FILE):
+                _check_code(run)  # before hours are spent, and again before they are believed
                 metrics = _run_body(run, store, output, scratch)
+                _check_code(run)
             provenance = _provenance(metrics, time.perf_counter() - started)
             measured = telemetry if telemetry.is_dir() else None
             ref = store.commit(output, run.stage.kind, key, payload, provenance, telemetry=measured)
@@ -126,6 +150,18 @@ def _disk_full(error: Exception, store: Store) -> StageError | None:
         f"no space left on the disk ({error}). Nothing finished was lost: free some space, or move the store with "
         f"REASONING_QAT_STORE (now {store.root}), and run the same command again."
     )
+
+
+def _check_code(run: StageRun) -> None:
+    """Refuse to go on when this process does not have the code that the run's key stands for."""
+    assert run.code is not None
+    found = changed(run.code, run.entry, loaded_sources())
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise StageError(
+            f"code changed since the run began: {found[0]}{more}. Stage {run.stage.name} was not committed, because "
+            "its result would stand under the old code's key; run the same command again"
+        )
 
 
 def _run_body(run: StageRun, store: Store, output: Path, scratch: Path) -> Metrics:

@@ -93,6 +93,9 @@ class Stage:
     """The training log among its files, for the report's curves; "" for none."""
     packages: Callable[[Any], tuple[str, ...]] = lambda config: ()
     """Distributions whose versions decide the result under a configuration."""
+    chooses: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    """For each table of choices that the body looks into ("quant.methods.registry:METHODS") the entry that it takes
+    under a configuration, so that the code of the others does not enter its key; a table left out counts as a whole."""
     fresh_process: Callable[[Any], bool] = lambda config: False
     """Whether it needs a worker process of its own: libraries whose threads and memory outlive a stage."""
 

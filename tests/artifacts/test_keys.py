@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from artifacts.keys import canonical, code_digest, digest
+from artifacts.keys import canonical, digest
 from artifacts.manifest import FileEntry, reference
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "keys.json").read_text())
@@ -68,81 +68,3 @@ def test_unknown_types_are_refused_with_their_place(value: Any) -> None:
 def test_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match=r"value\.lr.*None"):
         canonical({"lr": float("nan")})
-
-
-SOURCES = {
-    "tasks/__init__.py": "",
-    "tasks/kd.py": '"""Doc."""\nfrom tasks.runtime.stage import stage\nfrom tasks.data import packing\n\n'
-    'def kd(x):\n    """Doc."""\n    # comment\n    from quant.grids.affine import scale\n'
-    "    return scale(x) + packing.N\n",
-    "tasks/runtime/stage.py": "import artifacts.store\nSTAGE = 1\n",
-    "tasks/data/__init__.py": "",
-    "tasks/data/packing.py": "from .inner import N\n",
-    "tasks/data/inner.py": "N = 1\n",
-    "tasks/other.py": "OTHER = 1\n",
-    "quant/__init__.py": "VERSION = None\n",
-    "quant/grids/affine.py": "def scale(x):\n    return 2 * x\n",
-    "artifacts/__init__.py": "",
-    "artifacts/store.py": "S = 1\n",
-}
-
-
-def _digest_of(root: Path, edits: dict[str, str] | None = None) -> str:
-    for name, text in (SOURCES | (edits or {})).items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return code_digest("tasks.kd", root)
-
-
-def test_code_digest_is_deterministic(tmp_path: Path) -> None:
-    assert _digest_of(tmp_path / "a") == _digest_of(tmp_path / "b")
-
-
-@pytest.mark.parametrize(
-    "edits",
-    [
-        {"tasks/kd.py": SOURCES["tasks/kd.py"].replace("Doc.", "Other words.").replace("# comment", "# why\n")},
-        {"quant/grids/affine.py": "def scale(x):\n\n    '''New.'''\n    return (2*x)  # twice\n"},
-        {"tasks/runtime/stage.py": "STAGE = 2\n", "artifacts/store.py": "S = 2\n"},
-        {"tasks/other.py": "OTHER = 2\n"},
-    ],
-    ids=["docstring and comment", "layout", "infrastructure", "a module that is not imported"],
-)
-def test_edits_that_change_nothing_keep_the_digest(tmp_path: Path, edits: dict[str, str]) -> None:
-    assert _digest_of(tmp_path / "b", edits) == _digest_of(tmp_path / "a")
-
-
-@pytest.mark.parametrize(
-    "edits",
-    [
-        {"tasks/kd.py": SOURCES["tasks/kd.py"].replace("+", "-")},
-        {"quant/grids/affine.py": "def scale(x):\n    return 3 * x\n"},
-        {"tasks/data/inner.py": "N = True\n"},
-        {"quant/__init__.py": "VERSION = 1\n"},
-        {"quant/__init__.py": "VERSION = 'None'\n"},
-        {"tasks/data/prompt.j2": "{{ question }}"},
-    ],
-    ids=[
-        "body",
-        "helper imported inside a function",
-        "relative import",
-        "package",
-        "None to 'None'",
-        "template",
-    ],
-)
-def test_edits_that_may_matter_change_the_digest(tmp_path: Path, edits: dict[str, str]) -> None:
-    assert _digest_of(tmp_path / "b", edits) != _digest_of(tmp_path / "a")
-
-
-def test_import_cycles_end(tmp_path: Path) -> None:
-    _digest_of(tmp_path, {"quant/grids/affine.py": "import tasks.kd\n"})
-
-
-def test_unknown_module_names_the_packages(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no module 'tasks\.nothing'.*quant"):
-        code_digest("tasks.nothing", tmp_path)
-
-
-def test_this_repository_has_a_digest() -> None:
-    assert code_digest("artifacts.refs") == code_digest("artifacts.refs")

@@ -104,13 +104,6 @@ def by_length(items: Iterable[Any], length: Callable[[Any], int], size: int) -> 
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def local_share(items: list[Any]) -> list[Any]:
-    """This process's part of a step's items under data parallelism; all of them on one process."""
-    if not torch.distributed.is_initialized():
-        return items
-    return items[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-
-
 class TokenBatches:
     """BatchSource of SFT and KD: a pure function of (seed, step); the denominator counts predicted tokens."""
 
@@ -120,7 +113,7 @@ class TokenBatches:
     def step_batches(self, step: int) -> StepBatches:
         config = self.config
         indices = sample_indices(len(self.examples), config.batch_size, step, config.seed)
-        chosen = [self.examples[i] for i in local_share(indices)]
+        chosen = [self.examples[i] for i in indices]
         groups = by_length(chosen, lambda example: len(example.ids), config.micro_batch_size)
         extra = self.attach or (lambda _: {})
         num_targets = sum(example.num_targets for example in chosen)

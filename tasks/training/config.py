@@ -38,6 +38,11 @@ class LoopConfig(StageConfig):
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: Seed = 0
 
+    @property
+    def resumable_every(self) -> int:
+        """Training can go on from a state saved after a multiple of so many steps."""
+        return 1
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup_steps > self.steps:

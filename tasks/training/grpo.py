@@ -43,6 +43,11 @@ class PolicyConfig(LoopConfig):
     """Weight tokens by min(policy / engine probability, cap), token-level truncated importance sampling."""
     importance_cap: float = Field(default=2.0, gt=0)
 
+    @property
+    def resumable_every(self) -> int:
+        """Only where a rollout begins: its completions are not saved."""
+        return self.updates_per_rollout
+
 
 def group_advantages(rewards_PG: Tensor, scale_by_std: bool = True) -> Tensor:
     """(reward - group mean) / group standard deviation (ddof 1), [P, G]; 0 throughout a group of equal rewards."""

@@ -1,11 +1,9 @@
 """The one training loop: pretraining, SFT, KD and GRPO differ only in their objective and their batch source.
 
-A step sums `loss_sum / denominator` over its micro-batches, where the denominator belongs to the whole step (all
-micro-batches, all processes).  So the loss and its gradient do not depend on how a step is cut into micro-batches.
+A step sums `loss_sum / denominator` over its micro-batches, where the denominator belongs to the whole step.  So the
+loss and its gradient do not depend on how a step is cut into micro-batches.
 
-Processes: the loop is written for data parallelism under accelerate (the denominator is reduced, the gradient is
-synchronised on the last micro-batch only).  Two CPU processes gave the losses of one; GRPO and resume on several
-processes, and any GPU, are not tested.
+A stage trains on one process.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,12 +33,12 @@ Progress = Callable[..., None]
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The batches of one optimizer step on this process."""
+    """The batches of one optimizer step."""
 
     micro_batches: Sequence[Batch]
     """May be empty: the step is then counted and logged with loss 0 and changes nothing."""
     denominator: float
-    """This process's share of what the summed loss is divided by (tokens, sequences ...)."""
+    """What the summed loss is divided by (tokens, sequences ...)."""
     metrics: dict[str, float | None] = field(default_factory=dict)
     """Logged with the step as they are; deterministic values only."""
 
@@ -96,8 +94,8 @@ def train(
         for step in range(len(rows), config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)
             rows.append(trainer.step(step, source.step_batches(step)))
-            stop = stopping()
-            if (stop or len(rows) % config.checkpoint_every == 0) and accelerator.is_main_process:
+            stop = stopping() and len(rows) % config.resumable_every == 0
+            if stop or len(rows) % config.checkpoint_every == 0:
                 checkpoints.save(scratch, objective, optimizers, rows)
             if stop:
                 raise StageError(f"stopped after step {len(rows)} of {config.steps}; the same command goes on from it")
@@ -149,35 +147,29 @@ class _Trainer:
 
     def _accumulate(self, batches: StepBatches) -> tuple[float, dict[str, float | None]]:
         """Gradients of the step's loss into `.grad`; returns the loss and the metrics."""
-        accelerator, num = self.accelerator, len(batches.micro_batches)
-        denominator = self._sum(torch.tensor([batches.denominator], dtype=torch.float64))
-        if num and denominator <= 0:
+        denominator = batches.denominator
+        if batches.micro_batches and denominator <= 0:
             raise ValueError(f"denominator {denominator}: a step with micro-batches needs a positive denominator")
         loss = torch.zeros(1, dtype=torch.float64)
         gathered: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches.micro_batches):
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            with nullcontext() if i == num - 1 else accelerator.no_sync(self.module):
-                loss_sum, metrics = self.module(batch)
-                # DDP averages gradients over processes; the loss is a sum over them, hence the factor.
-                accelerator.backward(loss_sum * (accelerator.num_processes / denominator))
+        for batch in batches.micro_batches:
+            loss_sum, metrics = self.module({name: value.to(self.accelerator.device) for name, value in batch.items()})
+            self.accelerator.backward(loss_sum * (1 / denominator))
             loss += loss_sum.detach().double().cpu()
             for name, value in metrics.items():
                 value = value.detach().double().cpu()
                 old = gathered.get(name)
                 gathered[name] = value if old is None else _merge(name, old, value)
-        return self._sum(loss) / denominator if num else 0.0, {k: self._reduce(k, v) for k, v in gathered.items()}
+        mean = float(loss) / denominator if batches.micro_batches else 0.0
+        return mean, {name: _logged(name, value) for name, value in gathered.items()}
 
-    def _sum(self, value: Tensor) -> float:
-        return float(self.accelerator.reduce(value.to(self.accelerator.device), "sum").item())
 
-    def _reduce(self, name: str, value: Tensor) -> float | None:
-        """The logged value of one metric over all processes; None for a mean over nothing."""
-        gathered = self.accelerator.gather(value.to(self.accelerator.device)).cpu()
-        if name.startswith("max_"):
-            return float(gathered.max())
-        total, count = gathered.view(-1, 2).sum(0).tolist()
-        return total / count if count else None
+def _logged(name: str, value: Tensor) -> float | None:
+    """What the log says of one metric of a step; None for a mean over nothing."""
+    if name.startswith("max_"):
+        return float(value)
+    total, count = value.tolist()
+    return total / count if count else None
 
 
 def _merge(name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -186,8 +178,12 @@ def _merge(name: str, left: Tensor, right: Tensor) -> Tensor:
 
 def _accelerator(mixed_precision: str, device: str) -> Accelerator:
     """An Accelerator of its own for each run: several stages with different precisions share one process."""
-    if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise StageError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, and a stage trains on one process: unset it, or start "
+            "the run without torchrun"
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision=mixed_precision, cpu=torch.device(device).type == "cpu")
 
 

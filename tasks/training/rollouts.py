@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tasks.runtime.stage import StageError
-from tasks.training.batches import Example, by_length, collate, local_share, sample_indices
+from tasks.training.batches import Example, by_length, collate, sample_indices
 from tasks.training.grpo import PolicyConfig, group_advantages, token_weights, zero_variance
 from tasks.training.loop import Batch, StepBatches
 
@@ -125,9 +125,8 @@ class RolloutBatches:
     def _roll_out(self, number: int) -> Rollout:
         config, size = self.config, self.config.group_size
         chosen = sample_indices(len(self.problems), config.batch_size // size, number, config.seed)
-        places = [(place, i) for place, i in enumerate(chosen)]
         problems, requests = [], []
-        for place, i in local_share(places):
+        for place, i in enumerate(chosen):
             for member in range(size):
                 problems.append(self.problems[i])
                 requests.append((self.problems[i].prompt_ids, _seed(config.seed, number, place * size + member)))

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+import os
+import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -86,6 +89,38 @@ def test_resume_continues_to_the_bit(tiny_model, tmp_path, precision, stop_after
     for file in ("parameters.safetensors", "optimizer-0.safetensors", "log.json"):
         last = "checkpoint-00000006"
         assert (tmp_path / "killed" / last / file).read_bytes() == (tmp_path / "whole" / last / file).read_bytes()
+
+
+class Paired(LoopConfig):
+    """Resumes after an even number of steps only, as GRPO does where a rollout serves two updates."""
+
+    resumable_every: ClassVar[int] = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("kind", "asked_at", "saved_at"), [(LoopConfig, 2, 2), (LoopConfig, 5, 5), (Paired, 3, 4)])
+def test_sigterm_saves_and_the_next_run_continues_to_the_bit(tiny_model, tmp_path, kind, asked_at, saved_at):
+    config = kind(**config_of(checkpoint_every=6).model_dump())
+    weights, rows = run(tiny_model, tmp_path / "whole", config)
+
+    def ask(done, total, **info):
+        if done == asked_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StageError, match=f"stopped after step {saved_at} of 6"):
+        run(tiny_model, tmp_path / "stopped", config, progress=ask)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoints.latest(tmp_path / "stopped").name == f"checkpoint-{saved_at:08d}"
+    resumed, resumed_rows = run(tiny_model, tmp_path / "stopped", config)
+    assert resumed_rows == rows
+    for name, weight in weights.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_several_processes_are_refused(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StageError, match="one process"):
+        run(tiny_model, tmp_path, config_of())
 
 
 def test_a_torn_checkpoint_is_not_taken(tiny_model, tmp_path):

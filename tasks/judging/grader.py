@@ -35,8 +35,10 @@ MAX_EXTRACTED_CHARS = 1000
 
 Kind = Literal["answer", "statement", "response"]
 """An answer; a text that may state one ("the answer is ..."); a response that is searched for anything like one."""
-Request = tuple[Kind, str, str]
-"""(kind of the text, reference answer, text)."""
+Pair = tuple[str, str]
+"""(reference answer, text)."""
+Request = tuple[Kind, Sequence[Pair]]
+"""Texts of one kind that are looked at within one limit."""
 Reply = tuple[bool, str | None]
 """Whether the answer in the text is the reference, and that answer."""
 
@@ -110,14 +112,22 @@ class VerifierPool:
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
 
-    def verify(self, pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+    def verify(self, pairs: Sequence[Pair]) -> list[bool | None]:
         """For each (gold, answer) whether they are equal; None where the worker took too long or crashed."""
-        replies = self.run([("answer", gold, answer) for gold, answer in pairs])
-        return [None if reply is None else reply[0] for reply in replies]
+        return [None if replies is None else replies[0] for replies in self.verify_together([[pair] for pair in pairs])]
 
-    def run(self, requests: Sequence[Request]) -> list[Reply | None]:
-        """A reply to each request; None where the worker took too long or crashed."""
-        replies: list[Reply | None] = [None] * len(requests)
+    def verify_together(self, groups: Sequence[Sequence[Pair]]) -> list[list[bool] | None]:
+        """As `verify`, with one limit for all pairs of a group."""
+        found = self._run([("answer", group) for group in groups])
+        return [None if replies is None else [equal for equal, _ in replies] for replies in found]
+
+    def run(self, requests: Sequence[tuple[Kind, str, str]]) -> list[Reply | None]:
+        """A reply to each (kind, gold, text); None where the worker took too long or crashed."""
+        found = self._run([(kind, [(gold, text)]) for kind, gold, text in requests])
+        return [None if replies is None else replies[0] for replies in found]
+
+    def _run(self, requests: Sequence[Request]) -> list[list[Reply] | None]:
+        replies: list[list[Reply] | None] = [None] * len(requests)
         with self._lock:
             pending = deque(range(len(requests)))
             while pending or any(worker.task is not None for worker in self._workers):
@@ -155,7 +165,7 @@ class VerifierPool:
                 key.data.flush()
         return [key.data for key, _ in events if key.events == selectors.EVENT_READ]
 
-    def _collect(self, worker: _Worker, replies: list[Reply | None]) -> None:
+    def _collect(self, worker: _Worker, replies: list[list[Reply] | None]) -> None:
         try:
             message = worker.receive()
         except EOFError:
@@ -166,7 +176,7 @@ class VerifierPool:
         if worker.task is None:
             worker.ready = True
         else:
-            replies[worker.task] = tuple(message)
+            replies[worker.task] = [tuple(reply) for reply in message]
             worker.task = None
         worker.deadline = math.inf
 
@@ -220,6 +230,12 @@ def _serve(parent: int, cpu_seconds: float) -> None:
         extracted = next((str(part)[:MAX_EXTRACTED_CHARS] for part in found if isinstance(part, str)), None)
         return bool(equal), extracted
 
+    def careful_reply(kind: Kind, gold: str, text: str) -> Reply:
+        try:
+            return reply(kind, gold, text)
+        except Exception:
+            return False, None  # what cannot be compared is not the answer
+
     # Builds the regular expressions and the grammar's tables, before any limit applies.
     warm = reply("answer", "\\frac{1}{2}", "0.5")
     replies.write(json.dumps(warm) + "\n")
@@ -233,10 +249,8 @@ def _serve(parent: int, cpu_seconds: float) -> None:
             return
         cpu_limit = math.ceil(time.process_time() + cpu_seconds)
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
-        try:
-            message = reply(*json.loads(line))
-        except Exception:
-            message = (False, None)  # what cannot be compared is not the answer
+        kind, pairs = json.loads(line)
+        message = [careful_reply(kind, *pair) for pair in pairs]
         replies.write(json.dumps(message) + "\n")
         replies.flush()
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fractions import Fraction
 
+from tasks.judging.equality import compare
 from tasks.judging.grader import Kind, VerifierPool
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -20,18 +20,13 @@ MAX_BRACKET_DEPTH = 20
 
 # Two backslashes: models often escape twice.
 _BRACE_TOKEN = re.compile(r"\\{1,2}boxed\s*\{|\\.|[{}]", re.DOTALL)
-_PERCENT = re.compile(r"\\?%")
 _PERCENT_WORD = re.compile(r"%|percent|pct", re.IGNORECASE)
-_NOISE = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\^\\circ|\^\{\\circ\}|\\\$|[\s$~°]")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox)\{([^{}]*)\}")
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-_PLAIN_NUMBER = re.compile(_NUMBER)
-_RATIO = re.compile(rf"({_NUMBER})/({_NUMBER})")
-_FRAC = re.compile(rf"([+-]?)\\frac(?:\{{({_NUMBER})\}}\{{({_NUMBER})\}}|(\d)(\d))")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
 # Fifteen digits are exact in double precision.
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
 _INTEGER_BOX = re.compile(r"\\boxed\{(-?[0-9]{1,15})\}")
+
+# Of values that algebra compares for one answer; where more would be needed, it is not known whether it is right.
+_MOST_QUESTIONS = 400
 
 
 @dataclass(frozen=True)
@@ -77,50 +72,16 @@ def last_boxed(text: str) -> str | None:
     return None if best is None else text[best[0] : best[1]].strip()
 
 
-def normalize(answer: str) -> str:
-    """The answer without spacing, dollar and degree signs, text wrappers and a final full stop."""
-    answer = answer.replace("\N{MINUS SIGN}", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    answer = _NOISE.sub("", _TEXT.sub(r"\1", answer))
-    return answer.removesuffix(".")
-
-
-def exact_number(answer: str) -> Fraction | None:
-    """The value of a normalized integer, decimal or fraction of two such; None for anything else."""
-    if _THOUSANDS.fullmatch(answer):
-        answer = answer.replace("{,}", "").replace(",", "")
-    if _PLAIN_NUMBER.fullmatch(answer):
-        return Fraction(answer)
-    sign, numerator, denominator = "", "", ""
-    if ratio := _RATIO.fullmatch(answer):
-        numerator, denominator = ratio.groups()
-    elif frac := _FRAC.fullmatch(answer):
-        sign, *parts = frac.groups()
-        numerator, denominator = (part for part in parts if part is not None)
-    if not denominator or Fraction(denominator) == 0:
-        return None
-    value = Fraction(numerator) / Fraction(denominator)
-    return -value if sign == "-" else value
-
-
 def quick_verdict(gold: str, answer: str) -> bool | None:
-    """Decide what needs no algebra: equal strings, two plain numbers, hopeless answers; else None.
+    """Decide what needs no algebra: other structure, plain numbers, equal strings, hopeless answers; else None."""
+    return False if is_hopeless(gold, answer) else compare(gold, answer, lambda *_: None)
 
-    A percent sign is no part of equality ("25\\%" is 25) but leaves unequal numbers undecided.
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return False
-    plain_gold, plain_answer = normalize(gold), normalize(answer)
-    without_percent = _PERCENT.sub("", plain_answer)
-    if not without_percent:
-        return False
-    if _PERCENT.sub("", plain_gold) == without_percent:
+
+def is_hopeless(gold: str, answer: str) -> bool:
+    """Whether an answer is too long, too deep or too big a number to be looked at."""
+    if len(answer) > MAX_ANSWER_CHARS or bracket_depth(answer) > MAX_BRACKET_DEPTH:
         return True
-    gold_value, answer_value = exact_number(plain_gold), exact_number(plain_answer)
-    if gold_value is not None and answer_value is not None:
-        return gold_value == answer_value
-    if has_nested_power(plain_answer) and not has_nested_power(plain_gold):
-        return False
-    return False if bracket_depth(plain_answer) > MAX_BRACKET_DEPTH else None
+    return has_nested_power(answer) and not has_nested_power(gold)
 
 
 def quick_published_verdict(gold: str, response: str) -> bool | None:
@@ -162,6 +123,17 @@ def _exponent_end(answer: str, start: int) -> int:
     return len(answer)
 
 
+def _questions(gold: str, answer: str) -> list[tuple[str, str]]:
+    """The values whose equality decides, and which algebra must compare."""
+    asked: dict[tuple[str, str], None] = {}
+
+    def note(left: str, right: str) -> None:
+        asked[left, right] = None
+
+    compare(gold, answer, note)
+    return list(asked)
+
+
 class Grader(AbstractContextManager["Grader"]):
     """Grades responses against reference answers; use as a context manager.
 
@@ -187,7 +159,10 @@ class Grader(AbstractContextManager["Grader"]):
             (gold, answer): False if answer is None else quick_verdict(gold, answer) for gold, answer in pairs
         }
         open_pairs = [(gold, answer) for (gold, answer), verdict in decided.items() if verdict is None and answer]
-        decided.update(zip(open_pairs, self._pool.verify(open_pairs), strict=True))
+        questions = [_questions(*pair)[:_MOST_QUESTIONS] for pair in open_pairs]
+        for pair, asked, replies in zip(open_pairs, questions, self._pool.verify_together(questions), strict=True):
+            known = {} if replies is None else dict(zip(asked, replies, strict=True))
+            decided[pair] = compare(*pair, lambda *question: known.get(question))  # noqa: B023
         return [
             Verdict(correct=decided[pair] is True, extracted=pair[1], timed_out=decided[pair] is None) for pair in pairs
         ]
@@ -201,9 +176,11 @@ class Grader(AbstractContextManager["Grader"]):
         verdicts = self.grade_answers(boxes, answers)
         unboxed = {i: part for i, part in enumerate(parts) if part is not None and boxes[i] is None}
         stating = {i: part for i, part in unboxed.items() if "answer" in part.lower()}
-        stated = self._grade_texts("statement", [(answers[i], part) for i, part in stating.items()])
-        for i, verdict in zip(stating, stated, strict=True):
-            verdicts[i] = verdict
+        golds = [answers[i] for i in stating]
+        found = self._grade_texts("statement", list(zip(golds, stating.values(), strict=True)))
+        stated = self.grade_answers([verdict.extracted for verdict in found], golds)
+        for i, extraction, verdict in zip(stating, found, stated, strict=True):
+            verdicts[i] = extraction if extraction.timed_out else verdict
         return verdicts
 
     def grade_published(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:

@@ -1,7 +1,6 @@
 """Extraction and the decisions that need no algebra."""
 
 import time
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -10,10 +9,8 @@ from hypothesis import strategies as st
 from tasks.judging.math_answer import (
     MAX_ANSWER_CHARS,
     answer_part,
-    exact_number,
     final_answer,
     has_nested_power,
-    normalize,
     quick_published_verdict,
     quick_verdict,
 )
@@ -102,29 +99,6 @@ def test_no_input_crashes_the_quick_path(answer: str, gold: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ("12", Fraction(12)),
-        ("-3.50", Fraction(-7, 2)),
-        ("+.5", Fraction(1, 2)),
-        ("4.", Fraction(4)),
-        ("6/8", Fraction(3, 4)),
-        ("-\\frac{6}{8}", Fraction(-3, 4)),
-        ("\\frac34", Fraction(3, 4)),
-        ("1,234,567", Fraction(1234567)),
-        ("1{,}000.5", Fraction(2001, 2)),
-        ("1/0", None),
-        ("12,34", None),
-        ("1e5", None),
-        ("x", None),
-        ("--1", None),
-    ],
-)
-def test_exact_number(answer: str, value: Fraction | None) -> None:
-    assert exact_number(answer) == value
-
-
-@pytest.mark.parametrize(
     ("gold", "answer", "verdict"),
     [
         ("42", "42", True),
@@ -136,7 +110,7 @@ def test_exact_number(answer: str, value: Fraction | None) -> None:
         ("\\$1,234", "1234.0", True),
         ("90^\\circ", "90", True),
         ("25", "25\\%", True),
-        ("0.25", "25\\%", None),
+        ("0.25", "25\\%", True),
         ("\\text{C}", "C", True),
         ("\\left( 1, 2 \\right)", "(1,2)", True),
         ("-5", "\u22125", True),
@@ -173,9 +147,3 @@ def test_quick_verdict(gold: str, answer: str, verdict: bool | None) -> None:
 )
 def test_has_nested_power(answer: str, nested: bool) -> None:
     assert has_nested_power(answer) is nested
-
-
-def test_normalize_keeps_what_matters() -> None:
-    assert normalize("\\left( 2,\\, 3 \\right)") == "(2,3)"
-    assert normalize("\\leftarrow") == "\\leftarrow"
-    assert normalize("2\\text{ or }3") == "2or3"

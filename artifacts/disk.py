@@ -61,9 +61,9 @@ def shown(path: object) -> str:
     return text if len(text) <= LONGEST_PATH else "..." + text[3 - LONGEST_PATH :]
 
 
-def brief(reason: str) -> str:
+def brief(reason: str, longest: int = LONGEST_REASON) -> str:
     """A reason for a message: of a long one its beginning."""
-    return reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 3] + "..."
+    return reason if len(reason) <= longest else reason[: longest - 3] + "..."
 
 
 def given_folder(path: Path | str) -> Path:

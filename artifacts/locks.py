@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from artifacts.disk import brief
 from artifacts.ledger import now
 
 FIRST_POLL_SECONDS = 0.02
 LONGEST_POLL_SECONDS = 0.25
-LONGEST_COMMAND = 200  # characters
+LONGEST_COMMAND, LONGEST_SHOWN = 200, 80  # characters
 
 _held: set[int] = set()
 
@@ -114,6 +115,14 @@ class FileLock:
     def _close(descriptor: int) -> None:
         _held.discard(descriptor)
         os.close(descriptor)
+
+
+def described(owner: Owner) -> str:
+    """Who holds a lock, for a message."""
+    if not owner:
+        return "another process"
+    command = brief(str(owner.get("command", "")), LONGEST_SHOWN)
+    return f"process {owner.get('pid')} on {owner.get('host')} ({command}, since {str(owner.get('since'))[:19]})"
 
 
 def _this_process() -> Owner:

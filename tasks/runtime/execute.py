@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
 import platform
 import resource
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +14,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from artifacts.code import Code, Entry, changed, code_of
+from artifacts.disk import ROOT_VARIABLE, brief, is_full, shown
 from artifacts.loaded import loaded_sources
+from artifacts.locks import described
 from artifacts.refs import Ref
 from artifacts.store import Store
 from tasks.runtime.machine import package_versions
+from tasks.runtime.progress import LOG_FILE, Progress, log_into, noting, progress_file
 from tasks.runtime.stage import TELEMETRY_FOLDER, Context, Metrics, Stage, StageConfig, StageError
-
-PROGRESS_FILE = "progress.json"
-LOG_FILE = "stage.log"
-PROGRESS_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -93,6 +86,8 @@ class Outcome:
     ref: Ref
     cached: bool
     metrics: Metrics = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What the user should know of this execution, a line each."""
 
 
 def find_cached(run: StageRun) -> Outcome | None:
@@ -107,16 +102,17 @@ def find_cached(run: StageRun) -> Outcome | None:
     return None if record is None else Outcome(record.ref, True, record.provenance.get("metrics", {}))
 
 
-def execute(run: StageRun) -> Outcome:
+def execute(run: StageRun, report_to: Path | None = None) -> Outcome:
     """Run the stage unless another process has finished the same key meanwhile; commit its artifact.
 
-    Raises StageError for what the user can mend; a killed process leaves only its scratch folder, which the next call
-    with the same key resumes from.
+    Progress and notes, such as whom it waits for, go to the file `report_to`.  Raises StageError for what the user can
+    mend; a killed process leaves only its scratch folder, which the next call with the same key resumes from.
     """
     store = Store(run.store_root)
     payload = run.payload()
     key = store.key(payload)
-    with store.lock(key):
+    progress = Progress(report_to or progress_file(store.scratch(key)))
+    with store.lock(key, on_wait=lambda owner: progress.note(f"waits for {described(owner)}, which runs this stage")):
         if hit := find_cached(run):
             return hit
         scratch = store.scratch(key)
@@ -125,9 +121,9 @@ def execute(run: StageRun) -> Outcome:
         output = store.new_folder()
         started = time.perf_counter()
         try:
-            with _log_into(scratch / LOG_FILE):
+            with log_into(scratch / LOG_FILE), noting(progress):
                 _check_code(run)  # before hours are spent, and again before they are believed
-                metrics = _run_body(run, store, output, scratch)
+                metrics = _run_body(run, store, output, scratch, progress)
                 _check_code(run)
             provenance = _provenance(metrics, time.perf_counter() - started)
             measured = telemetry if telemetry.is_dir() else None
@@ -139,16 +135,16 @@ def execute(run: StageRun) -> Outcome:
         finally:
             store.discard(output)
         store.clear_scratch(key)
-    return Outcome(ref, False, metrics)
+    return Outcome(ref, False, metrics, tuple(progress.notes))
 
 
 def _disk_full(error: Exception, store: Store) -> StageError | None:
-    """What a full disk means to the user, if that is what happened."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    """What a full disk means to the user, if that is what happened, whichever library met it."""
+    if not is_full(error):
         return None
     return StageError(
-        f"no space left on the disk ({error}). Nothing finished was lost: free some space, or move the store with "
-        f"REASONING_QAT_STORE (now {store.root}), and run the same command again."
+        f"the disk is full ({brief(str(error), 70)}; store {shown(store.root)}). Nothing finished was lost: free some "
+        f"space, or set {ROOT_VARIABLE} to another folder, and run the same command again"
     )
 
 
@@ -164,49 +160,11 @@ def _check_code(run: StageRun) -> None:
         )
 
 
-def _run_body(run: StageRun, store: Store, output: Path, scratch: Path) -> Metrics:
+def _run_body(run: StageRun, store: Store, output: Path, scratch: Path, progress: Progress) -> Metrics:
     inputs = {name: store.path(ref) for name, ref in run.inputs.items()}
     digests = {name: ref.digest for name, ref in run.inputs.items()}
-    context = Context(output, scratch, run.device, progress_writer(scratch / PROGRESS_FILE), digests)
+    context = Context(output, scratch, run.device, progress, digests)
     return run.stage(run.config, context, **inputs)
-
-
-def progress_writer(path: Path) -> Callable[[dict[str, Any]], None]:
-    """A sink that keeps the latest progress in a small file, at most twice a second, for whoever watches."""
-    last = 0.0
-    lock = threading.Lock()  # a watchdog reports from a thread of its own
-
-    def write(progress: dict[str, Any]) -> None:
-        nonlocal last
-        with lock:
-            now = time.monotonic()
-            if now - last < PROGRESS_INTERVAL_S and progress["done"] < progress["total"]:
-                return
-            last = now
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(progress, default=str))
-            os.replace(temporary, path)
-
-    return write
-
-
-@contextlib.contextmanager
-def _log_into(path: Path) -> Iterator[None]:
-    """Send what the stage and its libraries print to a log file; the console belongs to the flow."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with path.open("ab") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for target, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, target)
-            os.close(copy)
 
 
 def _provenance(metrics: Metrics, seconds: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import threading
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.store import Store
-from tasks.runtime.execute import LOG_FILE, PROGRESS_FILE, Outcome, StageRun, execute
+from tasks.runtime.execute import Outcome, StageRun, execute
 from tasks.runtime.processes import end_group, follow_parent, lead_group
+from tasks.runtime.progress import LOG_FILE, progress_file, read_progress
 from tasks.runtime.stage import StageError
 
 POLL_SECONDS = 0.5
@@ -50,12 +50,13 @@ class StageExecutor:
         """
         store = Store(run.store_root)
         scratch = store.scratch(store.key(run.payload()))
+        report = progress_file(scratch)
         with self._slots:
             on_progress({})
-            worker, future = self._start(run, fresh)
+            worker, future = self._start(run, report, fresh)
             keep = not fresh
             try:
-                return _wait(future, scratch / PROGRESS_FILE, on_progress)
+                return _wait(future, report, on_progress)
             except BrokenProcessPool:
                 keep = False
                 happened = "was ended: the run is being stopped" if self.ended else "died (out of memory, or killed)"
@@ -66,7 +67,7 @@ class StageExecutor:
             finally:
                 self._release(worker, keep)
 
-    def _start(self, run: StageRun, fresh: bool) -> tuple[_Worker, Future[Outcome]]:
+    def _start(self, run: StageRun, report: Path, fresh: bool) -> tuple[_Worker, Future[Outcome]]:
         """An idle worker, or a new one, with the stage handed to it."""
         while True:
             with self._starting:
@@ -74,7 +75,7 @@ class StageExecutor:
                     raise StageError(f"stage {run.stage.name} was not started: the run is being stopped")
                 worker = _Worker(self._num_threads) if fresh or not self._idle else self._idle.pop()
                 try:
-                    return worker, worker.submit(run)
+                    return worker, worker.submit(run, report)
                 except BrokenProcessPool:  # it died while it was idle
                     worker.end()
 
@@ -118,9 +119,9 @@ class _Worker:
         self._pool = ProcessPoolExecutor(1, spawn, initializer=_start_worker, initargs=(num_threads,))
         self._pid = self._pool.submit(os.getpid)
 
-    def submit(self, run: StageRun) -> Future[Outcome]:
+    def submit(self, run: StageRun, report: Path) -> Future[Outcome]:
         """Raises BrokenProcessPool if it has died."""
-        return self._pool.submit(execute, run)
+        return self._pool.submit(execute, run, report)
 
     def end(self) -> None:
         """Wait for the process to end, and leave none of those that it had started."""
@@ -129,21 +130,18 @@ class _Worker:
             end_group(self._pid.result())
 
 
-def _wait(future: Future[Outcome], progress_file: Path, on_progress: OnProgress) -> Outcome:
-    seen = ""
+def _wait(future: Future[Outcome], report: Path, on_progress: OnProgress) -> Outcome:
+    seen: dict[str, Any] = {}
     while True:
         try:
             return future.result(timeout=POLL_SECONDS)
         except FutureTimeout:
             if future.done():
                 return future.result()
-        try:
-            text = progress_file.read_text()
-        except FileNotFoundError:
-            text = ""
-        if text and text != seen:
-            seen = text
-            on_progress(json.loads(text))
+        progress = read_progress(report)
+        if progress and progress != seen:
+            seen = progress
+            on_progress(progress)
 
 
 def _start_worker(num_threads: int) -> None:

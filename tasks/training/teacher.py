@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from artifacts import scratch as midstage
 from tasks.checkpoints.models import load_model, load_tokenizer
 from tasks.runtime.stage import Context, Metrics, StageError
 from tasks.training.config import TeacherTopKConfig
@@ -23,11 +24,11 @@ def write_top_k(config: TeacherTopKConfig, context: Context, teacher: Path, data
     size = config.rows_per_shard
     shards = [examples[i : i + size] for i in range(0, len(examples), size)]
     for number, shard in enumerate(shards):
-        path = context.scratch / shard_name(number)
-        if not path.exists():
-            write_shard(model, shard, path, config.k, config.temperature, config.micro_batch_size)
+        folder, name = context.scratch / f"shard-{number:05d}", shard_name(number)
+        if not midstage.is_sound(folder):
+            with midstage.writing(folder) as inside:
+                write_shard(model, shard, inside / name, config.k, config.temperature, config.micro_batch_size)
+        shutil.copyfile(folder / name, context.output / name)
         context.progress(number + 1, len(shards), unit="shard")
-    for number in range(len(shards)):
-        shutil.copyfile(context.scratch / shard_name(number), context.output / shard_name(number))
     write_index(shards, context.output, config.k, config.temperature)
     return {"num_tokens": sum(example.num_targets for example in examples), **counts}

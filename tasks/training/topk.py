@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -47,7 +46,7 @@ def top_k(model: PreTrainedModel, batch: Batch, k: int, temperature: float) -> t
 def write_shard(
     model: PreTrainedModel, examples: Sequence[Example], path: Path, k: int, temperature: float, micro_batch_size: int
 ) -> None:
-    """Compute and write the shard of `examples`; it appears under its name only when it is whole."""
+    """Compute the shard of `examples` and write it to `path`."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for group in by_length(examples, lambda example: len(example.ids), micro_batch_size):
         batch = {name: value.to(model.device) for name, value in collate(group).items()}
@@ -60,9 +59,7 @@ def write_shard(
         "indices": torch.cat([found[example.row][1] for example in examples]),
         "targets": torch.cat([example.ids[example.start :] for example in examples]),
     }
-    temporary = path.with_name(f"tmp-{path.name}")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    save_file(tensors, path)
 
 
 def write_index(shards: Iterable[Sequence[Example]], folder: Path, k: int, temperature: float) -> None:

@@ -55,7 +55,7 @@ def records(store: Path) -> dict[str, dict]:  # type: ignore[type-arg]
 
 def progress(store: Path, unit_total: int) -> int:
     """Steps done of the running stage that has `unit_total` of them."""
-    for file in (store / "work").glob("*/progress.json"):
+    for file in (store / "work").glob("*/progress-*.json"):
         state = json.loads(file.read_text())
         if state["total"] == unit_total:
             return int(state["done"])

@@ -187,6 +187,19 @@ def test_kd_brings_the_student_nearer(tmp_path, student, teacher, data, tokenize
     assert rows[0]["loss"] == pytest.approx(before, rel=0.2)  # another sample of rows, a bf16 teacher
 
 
+def test_a_damaged_shard_of_the_cached_teacher_is_made_again(tmp_path, teacher, data, damage):
+    config = TeacherTopKConfig(k=8, max_length=256, rows_per_shard=5, micro_batch_size=2, dtype="float32")
+    whole, broken = context_of(tmp_path / "whole"), context_of(tmp_path / "broken")
+    teacher_topk(config, whole, teacher=teacher, data=data)
+    with pytest.raises(Killed):
+        teacher_topk(config, killed_at(2, broken), teacher=teacher, data=data)
+    damage(broken.scratch / "shard-00001" / "topk-00001.safetensors")
+    again = context_of(tmp_path / "broken")
+    teacher_topk(config, again, teacher=teacher, data=data)
+    assert files(again.output) == files(whole.output)
+    assert (broken.scratch / "damaged-shard-00001-1").is_dir() and (broken.scratch / "shard-00000").is_dir()
+
+
 def test_cached_teacher_with_all_entries_equals_the_teacher(tmp_path, student, teacher, data, tokenizer):
     """k = vocabulary: the loss is the full KL; smaller k: below it.  A killed cache resumes to the same bytes."""
     vocabulary = load_model(teacher, torch.float32).config.vocab_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from artifacts.store import Store
-from tasks.runtime.execute import StageRun, execute, find_cached, progress_writer
+from tasks.runtime.execute import StageRun, execute, find_cached
 from tasks.runtime.executor import StageExecutor
+from tasks.runtime.progress import Progress, read_progress
 from tasks.runtime.stage import StageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
@@ -149,11 +151,35 @@ def test_a_killed_stage_resumes_with_the_same_digest(store: Store, tmp_path: Pat
 
 
 def test_progress_is_written_whole_and_seldom(tmp_path: Path) -> None:
-    write = progress_writer(tmp_path / "progress.json")
+    write = Progress(tmp_path / "progress.json")
     for done in range(1, 101):
         write({"done": done, "total": 100, "unit": "step", "info": {"loss": 1.0}})
         assert json.loads((tmp_path / "progress.json").read_text())["done"] <= done
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 100
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_progress_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) -> None:
+    assert read_progress(tmp_path / "none") == {}
+    (tmp_path / "damaged").write_bytes(content)
+    assert read_progress(tmp_path / "damaged") == {}
+
+
+def test_a_second_run_of_the_same_key_says_whom_it_waits_for(store: Store) -> None:
+    run = upper_run(store, seconds=1.0)
+    first = multiprocessing.get_context("fork").Process(target=execute, args=(run,))
+    first.start()
+    while not (store.root / "locks" / f"{store.key(run.payload())}.lock").exists():
+        assert first.is_alive()
+    executor, seen = StageExecutor(jobs=1, num_threads=1), []
+    try:
+        outcome = executor.run(run, seen.append)
+    finally:
+        executor.close()
+        first.join()
+    assert outcome.cached, "what the first one made is taken"
+    [note] = {note for event in seen for note in event.get("notes", [])}
+    assert note.startswith(f"waits for process {first.pid} on {socket.gethostname()} (") and len(note) <= 300
 
 
 def test_workers_report_progress_raise_and_survive(store: Store) -> None:

@@ -12,8 +12,8 @@ from flows.branches import SECTIONS, STAGES, BranchConfig
 from flows.config import ConfigError, RunConfig, nearest
 from tasks.data.benchmarks import BENCHMARKS, HUB, BenchmarkName
 from tasks.dataset import DatasetConfig, dataset
-from tasks.evaluate import EvaluateConfig, evaluate
-from tasks.evaluation.config import UNSAMPLED
+from tasks.evaluate import evaluate
+from tasks.evaluation.config import UNSAMPLED, EvaluateConfig
 from tasks.runtime.stage import Stage, StageConfig
 
 REPORT = "report"
@@ -147,9 +147,11 @@ def _add_evaluations(
 def on_benchmark(config: EvaluateConfig, name: BenchmarkName) -> EvaluateConfig:
     """An evaluation's settings, on a published benchmark; those that mean nothing to it are left at one value."""
     benchmark = BENCHMARKS[name]
-    asked: dict[str, Any] = {"name": name, "kind": benchmark.kind, "prompt_suffix": benchmark.prompt_suffix}
+    generation: dict[str, Any] = {"prompt_suffix": benchmark.prompt_suffix}
+    asked: dict[str, Any] = {"name": name, "kind": benchmark.kind}
     if benchmark.kind == "loglikelihood":
-        asked |= {**UNSAMPLED, "seeds": config.seeds[:1]}
+        generation |= UNSAMPLED
+        asked["seeds"] = config.seeds[:1]
     if benchmark.kind != "code":
         asked["unsafe_code"] = False
-    return config.model_copy(update=asked)
+    return config.model_copy(update=asked | {"generation": config.generation.model_copy(update=generation)})

@@ -23,6 +23,7 @@ from tasks.evaluate import EvaluateConfig
 from tasks.grpo_train import GRPOTrainConfig
 from tasks.kd_train import KDTrainConfig
 from tasks.ptq_init import PTQInitConfig
+from tasks.sampling.config import CalibrationGeneration, GenerationConfig, RolloutGeneration
 from tasks.sft_train import SFTTrainConfig
 
 RTN_LEARNING_RATE = 2e-5
@@ -30,6 +31,8 @@ RTN_LEARNING_RATE = 2e-5
 NUMINA_PROBLEMS = 256
 """Problems answered for calibration (ruikangliu/Quantized-Reasoning-Models, methods/utils/data_utils.py)."""
 
+CALIBRATION = CalibrationGeneration(engine="vllm", prompt_suffix=MATH_SUFFIX)
+ROLLOUTS = RolloutGeneration(engine="vllm", prompt_suffix=MATH_SUFFIX)
 NUMINAMATH = DatasetConfig(source="AI-MO/NuminaMath-1.5", split="train", num_examples=NUMINA_PROBLEMS, seed=42)
 WIKITEXT = DatasetConfig(source="Salesforce/wikitext", subset="wikitext-2-raw-v1", split="train")
 OPENR1_MATH = DatasetConfig(source="open-r1/OpenR1-Math-220k", subset="default", split="train")
@@ -50,26 +53,25 @@ def paper_branch(
     start: dict[str, Any] = {
         "scale_mode": "frozen" if gptq else "recomputed",
         "mixed_precision": "bf16",
-        "prompt_suffix": MATH_SUFFIX,
     }
-    qat = start if gptq else {**start, "learning_rate": RTN_LEARNING_RATE}
+    qat = {**start, "prompt_suffix": MATH_SUFFIX} | ({} if gptq else {"learning_rate": RTN_LEARNING_RATE})
     return BranchConfig(
         **_common(model),
         calibration_data=NUMINAMATH,
-        calibrate=CalibrateConfig(engine="vllm", prompt_suffix=MATH_SUFFIX) if gptq else None,
+        calibrate=CalibrateConfig(generation=CALIBRATION) if gptq else None,
         ptq_init=PTQInitConfig(scheme=scheme, method=method, symmetric=not gptq),
         train_data=OPENR1_MATH,
         sft_train=SFTTrainConfig(**qat) if sft else None,
         kd_train=KDTrainConfig(**qat) if kd else None,
         rl_data=OPENR1_MATH,
-        grpo_train=GRPOTrainConfig(engine="vllm", importance_sampling=True, **start) if grpo else None,
+        grpo_train=GRPOTrainConfig(generation=ROLLOUTS, importance_sampling=True, **start) if grpo else None,
     )
 
 
 def _common(model: str) -> dict[str, Any]:
     return {
         "base_model": BaseModelConfig(model=model),
-        "evaluate": EvaluateConfig(engine="vllm"),
+        "evaluate": EvaluateConfig(generation=GenerationConfig(engine="vllm")),
         "benchmarks": PAPER_BENCHMARKS,
     }
 
@@ -115,7 +117,7 @@ def paper_w4a4kv4(name: str, model: str, calibration_length: int = 2048) -> RunC
 
 def _flatquant_branch(model: str, calibration_length: int, *, kd: bool = False, grpo: bool = False) -> BranchConfig:
     start: dict[str, Any] = {"scale_mode": "recomputed", "mixed_precision": "bf16"}
-    rl = GRPOTrainConfig(engine="vllm", importance_sampling=True, prompt_suffix=MATH_SUFFIX, **start)
+    rl = GRPOTrainConfig(generation=ROLLOUTS, importance_sampling=True, **start)
     return BranchConfig(
         **_common(model),
         calibration_data=WIKITEXT,

@@ -18,11 +18,14 @@ from tasks.evaluate import EvaluateConfig
 from tasks.grpo_train import GRPOTrainConfig
 from tasks.kd_train import KDTrainConfig
 from tasks.ptq_init import PTQInitConfig
+from tasks.sampling.config import CalibrationGeneration, GenerationConfig, RolloutGeneration
 from tasks.sft_train import SFTTrainConfig
 
 MAX_NEW_TOKENS = 192
 TEST = DatasetConfig(source="bundled", split="test", num_examples=500, seed=999)
-EVALUATE = EvaluateConfig(name="bundled", max_new_tokens=MAX_NEW_TOKENS, seeds=(42, 43, 44), batch_size=384)
+EVALUATE = EvaluateConfig(
+    name="bundled", seeds=(42, 43, 44), generation=GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=384)
+)
 
 METHODS_WEIGHT_ONLY = {"RTN": "rtn", "AWQ": "awq", "GPTQ": "gptq"}
 METHODS_WITH_ACTIVATIONS = {"RTN": "rtn", "GPTQ": "gptq", "QuaRot": "quarot", "FlatQuant": "flatquant"}
@@ -51,7 +54,7 @@ GRPO: dict[str, Any] = {
     "batch_size": 64,
     "micro_batch_size": 64,
     "checkpoint_every": 3,
-    "max_new_tokens": MAX_NEW_TOKENS,
+    "generation": RolloutGeneration(max_new_tokens=MAX_NEW_TOKENS),
     "mixed_precision": "bf16",
     "attention": "eager",
     **LEARNED_RATES,
@@ -98,8 +101,9 @@ def _calibrate(source: str) -> CalibrateConfig:
     """The model answers the problems itself; plain text has nothing to answer and is taken as given."""
     responses = "generated" if source == "bundled" else "given"
     return CalibrateConfig(
-        responses=responses, packing="examples", num_sequences=256, sequence_length=256, max_new_tokens=MAX_NEW_TOKENS
-    )
+        responses=responses, packing="examples", num_sequences=256, sequence_length=256,
+        generation=CalibrationGeneration(max_new_tokens=MAX_NEW_TOKENS),
+    )  # fmt: skip
 
 
 def tiny_ladder(scheme: str) -> dict[str, BranchConfig]:

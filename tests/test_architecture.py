@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = ("flows", "tasks", "quant", "artifacts")
-LEAVES = ("data", "training", "sampling", "judging", "reporting", "evaluation")
+LEAVES = ("data", "training", "sampling", "judging", "reporting", "evaluation", "calibration")
 MOST_LINES = 300
 
 
@@ -111,7 +111,7 @@ def test_no_stage_imports_a_stage(path: Path) -> None:
     "path", [p for p in sources() if p.parent.name in LEAVES and p.parent.parent.name == "tasks"], ids=module_name
 )
 def test_leaf_packages_know_no_other_leaf_but_what_they_are_built_on(path: Path) -> None:
-    """rollout and training are built on quant; evaluation puts rollout and rewards behind lighteval.
+    """Training samples and judges, evaluation puts sampling and judging behind lighteval, calibration samples.
 
     Engines open checkpoints, whose format is tasks.checkpoints.models' alone.
     """
@@ -119,9 +119,11 @@ def test_leaf_packages_know_no_other_leaf_but_what_they_are_built_on(path: Path)
     own = ".".join(name.split(".")[:2])
     allowed = {own, "tasks.runtime.stage", "tasks.runtime.bounds", "tasks.runtime.processes"}
     if own == "tasks.sampling":
-        allowed |= {"tasks.checkpoints"}
+        allowed |= {"tasks.checkpoints", "tasks.runtime.machine"}
+    if own == "tasks.calibration":
+        allowed |= {"tasks.sampling", "tasks.data"}
     if own == "tasks.evaluation":
-        allowed |= {"tasks.sampling", "tasks.judging", "tasks.data"}
+        allowed |= {"tasks.sampling", "tasks.judging", "tasks.data", "tasks.checkpoints", "tasks.runtime.machine"}
     if own == "tasks.training":
         allowed |= {"tasks.sampling", "tasks.judging", "tasks.data", "tasks.checkpoints"}
     if own == "tasks.reporting":

@@ -65,7 +65,7 @@ def render_example(
     if not prompt:
         return "", response
     prompt_text = render_prompt(tokenizer, prompt, enable_thinking, suffix)
-    if prompt_text.rstrip().endswith(THINK_OPEN) and response.startswith(THINK_OPEN):
+    if opens_reasoning(prompt_text) and response.startswith(THINK_OPEN):
         response = response[len(THINK_OPEN) :]
         if prompt_text.endswith("\n"):
             response = response.lstrip("\n")
@@ -85,6 +85,11 @@ def render_prompt(
             raise StageError("this model's chat template has no enable_thinking switch: leave enable_thinking unset")
         switches["enable_thinking"] = enable_thinking
     return render(tokenizer, [{"role": "user", "content": prompt + suffix}], add_generation_prompt=True, **switches)
+
+
+def opens_reasoning(prompt_text: str) -> bool:
+    """Whether the prompt ends inside the reasoning, as that of DeepSeek-R1's template does."""
+    return prompt_text.rstrip().endswith(THINK_OPEN)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:

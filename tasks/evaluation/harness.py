@@ -7,32 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from tasks.checkpoints.models import load_tokenizer
 from tasks.data.benchmarks import TaskKind
 from tasks.evaluation import lighteval_compat as lighteval
+from tasks.evaluation import records
 from tasks.evaluation.config import EvaluateConfig
 from tasks.evaluation.lighteval_model import ChatPrompts, EngineModel, run_pipeline
 from tasks.evaluation.lighteval_tasks import answer_task, document
-from tasks.evaluation.options import Options
-from tasks.evaluation.problems import Problem, load_problems
-from tasks.evaluation.questions import Question, ask
-from tasks.evaluation.records import sample_row, tables
+from tasks.evaluation.options import Options, ask_options
+from tasks.evaluation.problems import load_problems
+from tasks.evaluation.scoring import Score, Scores, open_scorer
 from tasks.evaluation.statistics import summarize
-from tasks.judging.judge import Response, Score, Scores
-from tasks.sampling.engine import Engine, SamplingParams
-from tasks.sampling.journal import Journal
-from tasks.sampling.tokens import check_lengths, stop_token_ids
-from tasks.sampling.watchdog import Watchdog
+from tasks.judging.questions import Problem, Question, ask
+from tasks.judging.response import Response
+from tasks.runtime.machine import hardware, package_versions
+from tasks.runtime.stage import Context
+from tasks.sampling.engine import SamplingParams
+from tasks.sampling.open import open_sampler, sampling_params
+from tasks.sampling.sampler import Progress, Sampler, Tally
+from tasks.sampling.tokens import needed_length, stop_token_ids
 
-
-class Progress(Protocol):
-    """Takes how many samples of how many are there, and what else is to be told."""
-
-    def __call__(self, done: int, total: int, **info: str) -> None: ...
+RECORDED = ("accuracy", "std", "truncation_rate", "mean_length", "grader_timeouts")
+"""Figures of results.json that the record shows."""
+SAMPLING_FIELDS = {"temperature", "top_p", "max_new_tokens", "enable_thinking", "prompt_suffix", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,26 @@ class Evaluation:
     """Tokens of the longest prompt, or option with its context, and max_new_tokens."""
 
 
+def evaluate_checkpoint(config: EvaluateConfig, context: Context, checkpoint: Path, data: Path) -> dict[str, Any]:
+    """The whole evaluation: writes the artifact and its telemetry, and returns the figures of the record."""
+    start = time.perf_counter()
+    evaluation = prepare(config, checkpoint, load_tokenizer(checkpoint), data)
+    length = evaluation.max_model_len
+    with (
+        open_scorer(config, evaluation.problems) as score,
+        open_sampler(config.generation, evaluation.sampling, checkpoint, context, length) as sampler,
+    ):
+        start_seconds = time.perf_counter() - start
+        progress = partial(context.progress, unit="sample")
+        samples, results, measured = run(evaluation, sampler, score, context.scratch, progress)
+    results["provenance"] = {"inputs": dict(context.input_digests), "versions": package_versions()}
+    records.write_artifact(context.output, samples, results)
+    records.write_telemetry(context.telemetry, measured.timings, hardware())
+    num_tokens = sum(samples.column("num_output_tokens").to_pylist())
+    figures = {name: results[name] for name in RECORDED}
+    return {**figures, **measured.figures, "start_seconds": start_seconds, "num_output_tokens": num_tokens}
+
+
 def prepare(config: EvaluateConfig, checkpoint: Path, tokenizer: Any, data: Path) -> Evaluation:
     """Read and check everything that an evaluation needs before an engine is worth opening.
 
@@ -56,19 +78,18 @@ def prepare(config: EvaluateConfig, checkpoint: Path, tokenizer: Any, data: Path
         StageError: unusable data, no chat template, no stop token, or a prompt that is too long.
     """
     problems = load_problems(data, config.num_problems)
-    questions = {
-        seed: [ask(config.kind, problem, seed, config.prompt_suffix) for problem in problems] for seed in config.seeds
-    }
-    prompts = ChatPrompts(tokenizer, config.enable_thinking)
-    sampling = SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.max_new_tokens,
-        stop_token_ids=stop_token_ids(checkpoint, tokenizer),
-    )
+    questions = {seed: [_ask(config, problem, seed) for problem in problems] for seed in config.seeds}
+    prompts = ChatPrompts(tokenizer, config.generation.enable_thinking)
+    sampling = sampling_params(config.generation, stop_token_ids(checkpoint, tokenizer))
     longest = _longest_inputs(config.kind, questions, prompts)
-    max_model_len = check_lengths(longest, config.max_new_tokens, checkpoint)
+    max_model_len = needed_length(longest.items(), config.generation.max_new_tokens, checkpoint)
     return Evaluation(config, problems, questions, prompts, sampling, max_model_len)
+
+
+def _ask(config: EvaluateConfig, problem: Problem, seed: int) -> Question:
+    if config.kind == "loglikelihood":
+        return ask_options(problem)
+    return ask(config.kind, problem, seed, config.generation.prompt_suffix)
 
 
 def _longest_inputs(
@@ -110,45 +131,28 @@ class Measured:
 
 
 def run(
-    evaluation: Evaluation,
-    engine: Engine,
-    score: Score,
-    scratch: Path,
-    progress: Progress,
-    identity: Mapping[str, str],
+    evaluation: Evaluation, sampler: Sampler, score: Score, scratch: Path, progress: Progress
 ) -> tuple[pa.Table, dict[str, Any], Measured]:
     """Sample and score under every seed; returns samples, results (both deterministic) and what was measured.
 
     `progress(done, total)` is called after every sample, at once for those that an earlier, killed run had finished,
-    and with `stalled=...` while the engine gives no tokens.  `identity` says what computes, see journal.request_key.
+    and with `stalled=...` while the engine gives no tokens.
     """
     config = evaluation.config
     timed_score = _TimedScore(score)
-    total, done = sum(map(len, evaluation.questions.values())), 0
-
-    def on_sample() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    def on_stall(message: str) -> None:
-        progress(done, total, stalled=message)
-
-    watch = partial(Watchdog, config.stall_seconds, config.stall_limit_seconds, on_stall=on_stall)
+    tally = Tally(sum(map(len, evaluation.questions.values())), progress)
     rows: list[dict[str, Any]] = []
     means: list[dict[str, float]] = []
     start = time.perf_counter()
-    with Journal(scratch / "generations.jsonl") as journal, lighteval.isolated(scratch / "datasets"):
+    with lighteval.isolated(scratch / "datasets"):
         for seed, questions in evaluation.questions.items():
             task = answer_task(config.name, config.kind, questions, scratch / "questions" / str(seed), timed_score)
-            model = EngineModel(
-                engine, evaluation.prompts, evaluation.sampling, seed, journal, identity, watch, on_sample
-            )
+            model = EngineModel(sampler, evaluation.prompts, seed, tally)
             details, seed_means = run_pipeline(task, model, scratch / "lighteval")
-            rows += [sample_row(detail.doc, detail.model_response, seed) for detail in details]
+            rows += [records.sample_row(detail.doc, detail.model_response, seed) for detail in details]
             means.append(seed_means)
     sampling_seconds = time.perf_counter() - start - timed_score.seconds
-    samples, timings = tables(rows, [question.id for question in evaluation.questions[config.seeds[0]]], config.seeds)
+    samples, timings = records.tables(rows, [problem.id for problem in evaluation.problems], config.seeds)
     results = _results(evaluation, samples)
     for metric, figures in (("accuracy", results), ("accuracy_paper", results["paper"])):
         ours, lightevals = figures["per_seed"], [seed_means[metric] for seed_means in means]
@@ -169,10 +173,9 @@ def _results(evaluation: Evaluation, samples: pa.Table) -> dict[str, Any]:
         "kind": config.kind,
         "unsafe_code": config.unsafe_code,
         "harness": lighteval.HARNESS,
-        "engine": config.engine,
+        "engine": config.generation.engine,
         "sampling": {
-            **config.model_dump(include={"temperature", "top_p", "max_new_tokens", "enable_thinking", "prompt_suffix"}),
-            "dtype": config.dtype,
+            **config.generation.model_dump(include=SAMPLING_FIELDS),
             "stop_token_ids": list(evaluation.sampling.stop_token_ids),
         },
         **summarize(frame, config.seeds),

@@ -20,10 +20,11 @@ from tasks.evaluation.lighteval_compat import (
     SampleLevelMetric,
     SamplingMethod,
 )
-from tasks.evaluation.questions import Question
+from tasks.evaluation.scoring import Score
 from tasks.judging.code_answer import CodeVerdict
-from tasks.judging.judge import Response, Score
 from tasks.judging.math_answer import Verdict
+from tasks.judging.questions import Question
+from tasks.judging.response import Response
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "prompt", "gold", "tier", "details")])
 
@@ -34,7 +35,7 @@ class SampledResponse(ModelResponse):
 
     finish_reason: str = ""
     reasoning_opened: bool = False
-    """By the prompt; see scoring.Response."""
+    """By the prompt; see judging.response."""
     details: str = ""
     """How the question was asked, see questions.Question, or what its scoring found, see scoring.Scores."""
     mean_logprob: float | None = None

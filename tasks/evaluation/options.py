@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, Self
 
+from tasks.judging.questions import Problem, Question
+from tasks.runtime.stage import StageError
 from tasks.sampling.engine import TokenPair
 
 
@@ -48,6 +50,18 @@ class Options:
         """
         lengths = [len(text.removeprefix(" ")) for text in self.continuations]
         return max(range(len(lengths)), key=lambda option: logprobs[option] / lengths[option])
+
+
+def ask_options(problem: Problem) -> Question:
+    """The question whose details are the contexts and continuations to be scored.  StageError if there are none."""
+    try:
+        Options.parse(problem.details)
+    except ValueError as error:
+        raise StageError(
+            f"problem {problem.id!r}: {error}; evaluate it as another kind, or give a data set whose details column "
+            "holds one of each per option"
+        ) from error
+    return Question(problem.id, problem.prompt, problem.answer, problem.tier, problem.details)
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str) -> TokenPair:

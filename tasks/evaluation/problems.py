@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.judging.questions import Problem
 from tasks.runtime.stage import StageError
 
 DATASET_FILE = "data.parquet"
 COLUMNS = ["id", "prompt", "answer", "tier", "details"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    id: str
-    prompt: str
-    answer: str
-    tier: str
-    details: str
-    """JSON with what its kind of task needs besides; see tasks.data.fields.Example."""
 
 
 def load_problems(data: Path, num_problems: int | None) -> list[Problem]:

@@ -1,136 +1,81 @@
-"""The two scorers of a response, for each kind of task.
+"""The judge of responses, for each kind of task: its verdict is the reward in training and the score in evaluation.
 
-Strict: the answer after the last </think>, boxed first, else stated as the answer; wrong if the response was cut off.
-Paper: as the harness that the paper builds on scores, over the whole response, reasoning included, cut off or not.
+It reads the answer after the last </think>, boxed first, else stated as the answer; what was cut off is wrong.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from tasks.evaluation.config import EvaluateConfig
-from tasks.evaluation.lighteval_compat import extracted_letter
-from tasks.evaluation.problems import Problem
 from tasks.judging.choice_answer import grade_choice
-from tasks.judging.code_answer import CodeGrader, CodeVerdict, last_program, published_program
-from tasks.judging.code_tests import parse_tests
-from tasks.judging.math_answer import Grader, Verdict, answer_part
+from tasks.judging.code_answer import CodeGrader, CodeVerdict, last_program
+from tasks.judging.math_answer import Grader, Verdict
+from tasks.judging.response import JudgedKind, Response
+from tasks.judging.sandbox import Sandbox
 from tasks.runtime.stage import StageError
 
 MOST_WORKERS = 8
 """A degenerate response, such as one number 10,000 times, may take math-verify its whole limit of processor time."""
 
-
-@dataclass(frozen=True)
-class Response:
-    """`reasoning_opened`: the prompt ends inside the reasoning, as that of DeepSeek-R1's template does."""
-
-    text: str
-    truncated: bool
-    reasoning_opened: bool
-
-    @property
-    def answer_part(self) -> str | None:
-        """The text that the strict scorer reads; None where there is none."""
-        return None if self.truncated else answer_part(self.text, self.reasoning_opened)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """`details`: JSON on what the strict scorer saw besides, "" for nothing."""
-
-    strict: Verdict | CodeVerdict
-    paper: Verdict | CodeVerdict
-    details: str = ""
-
-
-Score = Callable[[Sequence[Response], Sequence[str]], list[Scores]]
-"""(responses, gold answers) -> scores."""
+Judge = Callable[[Sequence[Response], Sequence[str]], Sequence[Verdict | CodeVerdict]]
+"""(responses, truths) -> verdicts.  A truth is the reference answer, the right letter, or a program's tests as JSON."""
 
 
 @contextmanager
-def open_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
-    """The scorer of a kind of task, with the worker processes it needs.
+def open_judge(kind: JudgedKind, unsafe_code: bool = False) -> Iterator[Judge]:
+    """The judge of a kind of task, with the worker processes it needs.
 
     Raises:
-        StageError: tests of programs that cannot be read, or no sandbox to run programs in.
+        StageError: there is no sandbox to run programs in.
     """
-    num_workers = min(MOST_WORKERS, max(2, os.cpu_count() or 2))
-    if config.kind == "choice":
-        yield score_choices
-    elif config.kind == "loglikelihood":
-        yield score_options
-    elif config.kind == "code":
-        tests = _checked_tests(problems)
-        with _code_grader(num_workers, config.unsafe_code) as code_grader:
-            yield lambda responses, golds: score_code(code_grader, responses, [tests[gold] for gold in golds])
+    if kind == "math":
+        with Grader(num_workers()) as grader:
+            yield lambda responses, truths: judge_math(grader, responses, truths)
+    elif kind == "code":
+        with open_code_grader(unsafe_code) as code_grader:
+            yield lambda responses, truths: judge_code(code_grader, responses, truths)
     else:
-        with Grader(num_workers=num_workers) as grader:
-            yield lambda responses, golds: score_math(grader, responses, golds)
+        yield judge_choices
 
 
-def _checked_tests(problems: Sequence[Problem]) -> dict[str, str]:
-    """Each problem's tests (JSON) by its answer, which names them."""
-    for problem in problems:
-        try:
-            parse_tests(problem.details)
-        except ValueError as error:
-            raise StageError(
-                f"problem {problem.id!r} has no tests that can be run: {error}; evaluate it as another kind, or give a "
-                "data set whose details column holds them"
-            ) from error
-    return {problem.answer: problem.details for problem in problems}
+def num_workers() -> int:
+    return min(MOST_WORKERS, max(2, os.cpu_count() or 2))
 
 
-def _code_grader(num_workers: int, unsafe: bool) -> CodeGrader:
+def check_judge(kind: str, unsafe_code: bool) -> None:
+    """StageError where responses of this kind cannot be judged here: programs take a sandbox."""
+    if kind == "code":
+        with _explained():
+            Sandbox(unsafe=unsafe_code)
+
+
+def open_code_grader(unsafe_code: bool) -> CodeGrader:
+    """StageError where there is no sandbox, unless programs are to run without."""
+    with _explained():
+        return CodeGrader(num_workers(), unsafe=unsafe_code)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
     try:
-        return CodeGrader(num_workers, unsafe=unsafe)
+        yield
     except ValueError as error:
-        raise StageError(f"{error} In an evaluation that is evaluate.unsafe_code=true.") from error
+        raise StageError(f"{error} In a stage that is unsafe_code=true.") from error
 
 
-def score_math(grader: Grader, responses: Sequence[Response], golds: Sequence[str]) -> list[Scores]:
-    """Verdicts of math-verify on the answer part, and on what it finds in the whole response."""
-    strict = grader.grade_parts([response.answer_part for response in responses], golds)
-    paper = grader.grade_published([response.text for response in responses], golds)
-    return [Scores(*verdicts) for verdicts in zip(strict, paper, strict=True)]
+def judge_math(grader: Grader, responses: Sequence[Response], answers: Sequence[str]) -> list[Verdict]:
+    """Verdicts of math-verify on what each answer says."""
+    return grader.grade_parts([response.answer_part for response in responses], answers)
 
 
-def score_choices(responses: Sequence[Response], golds: Sequence[str]) -> list[Scores]:
-    """Verdicts on the letter chosen, strictly and by lighteval's extraction."""
-    return [_score_choice(response, gold) for response, gold in zip(responses, golds, strict=True)]
-
-
-def _score_choice(response: Response, gold: str) -> Scores:
-    letter = extracted_letter(response.text)
-    return Scores(grade_choice(response.answer_part, gold), Verdict(letter == gold, letter, timed_out=False))
-
-
-def score_options(responses: Sequence[Response], golds: Sequence[str]) -> list[Scores]:
-    """Verdicts on the option that was taken for its probability; there is one way to read it."""
-    verdicts = [
-        Verdict(response.text == gold, response.text, timed_out=False)
-        for response, gold in zip(responses, golds, strict=True)
-    ]
-    return [Scores(verdict, verdict) for verdict in verdicts]
-
-
-def score_code(grader: CodeGrader, responses: Sequence[Response], tests: Sequence[str]) -> list[Scores]:
-    """Verdicts on the last program of the answer part, and on the one that LiveCodeBench takes from all of it."""
+def judge_code(grader: CodeGrader, responses: Sequence[Response], tests: Sequence[str]) -> list[CodeVerdict]:
+    """Verdicts on the last program of each answer."""
     parts = [response.answer_part for response in responses]
-    strict = [None if part is None else last_program(part) for part in parts]
-    published = [published_program(response.text) for response in responses]
-    verdicts = grader.grade_programs([*strict, *published], [*tests, *tests])
-    return [
-        Scores(verdict, paper, _code_details(verdict))
-        for verdict, paper in zip(verdicts[: len(tests)], verdicts[len(tests) :], strict=True)
-    ]
+    return grader.grade_programs([None if part is None else last_program(part) for part in parts], tests)
 
 
-def _code_details(verdict: CodeVerdict) -> str:
-    names = ("num_passed", "num_tests", "error_kind", "sandboxed")
-    return json.dumps({name: getattr(verdict, name) for name in names})
+def judge_choices(responses: Sequence[Response], letters: Sequence[str]) -> list[Verdict]:
+    """Verdicts on the letter chosen."""
+    return [grade_choice(response.answer_part, letter) for response, letter in zip(responses, letters, strict=True)]

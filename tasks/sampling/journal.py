@@ -1,10 +1,12 @@
-"""Finished generations, written down one by one, so that a killed evaluation generates only the rest.
+"""Finished generations, written down one by one, so that a killed stage generates only the rest.
 
 The journal is a JSON-lines file in the stage's scratch folder, which belongs to one stage key and hence to one
-checkpoint.  Each line is keyed by everything else that a sample depends on: prompt tokens, request seed, sampling
-parameters, and the engine with its version, dtype and device, so that what another engine left there is not taken for
-its own.  A resumed run gives the same samples as an undisturbed one only where an engine's samples do not depend on
-what else is in its batch: so in fp32, but not in bf16, whose rounding depends on the batch.
+checkpoint.  Nothing in it is ever rewritten; each line ends with a checksum of itself, and one that does not verify is
+passed over, told in the log, and its sample generated again.  Each line is keyed by everything else that a sample
+depends on: prompt tokens, request seed, sampling parameters, and the engine with its version, dtype and device, so that
+what another engine left there is not taken for its own.  A resumed run gives the same samples as an undisturbed one
+only where an engine's samples do not depend on what else is in its batch: so in fp32, but not in bf16, whose rounding
+depends on the batch; there whole batches have to be sampled together (sampler.Sampler.sample).
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from tasks.sampling.engine import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+FILE = "generations.jsonl"
+CHECK = b', "check": "'
+CHECK_DIGITS = 16
 SYNC_SECONDS = 5.0
 """A kill of this process loses nothing; a crash of the machine loses at most what is younger than this."""
 
@@ -61,6 +66,27 @@ def request_key(request: Request, sampling: SamplingParams, engine: Mapping[str,
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _line(key: str, generation: Generation) -> bytes:
+    """{"key": ..., the generation's fields, "check": of all before it}."""
+    row: dict[str, Any] = {"key": key, **asdict(generation)}
+    body = json.dumps(row).encode().removesuffix(b"}")
+    return body + CHECK + _checksum(body) + b'"}\n'
+
+
+def _parse(line: bytes) -> tuple[str, Generation]:
+    """ValueError, KeyError or TypeError for a line that is not as it was written, which is seen before it is read."""
+    body, _, check = line.rpartition(CHECK)
+    if check != _checksum(body) + b'"}':
+        raise ValueError("the line is not what was written")
+    row = json.loads(body + b"}")
+    key = row.pop("key")
+    return key, Generation(**{**row, "token_ids": tuple(row["token_ids"])})
+
+
+def _checksum(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest()[:CHECK_DIGITS].encode()
+
+
 class Journal(AbstractContextManager["Journal"]):
     """Context manager over an append-only file of finished generations.
 
@@ -80,13 +106,15 @@ class Journal(AbstractContextManager["Journal"]):
             return 0
         content = path.read_bytes()
         whole_bytes = content.rfind(b"\n") + 1
+        num_damaged = 0
         for line in content[:whole_bytes].split(b"\n")[:-1]:
             try:
-                row = json.loads(line)
-                key = row.pop("key")
-                self._finished[key] = Generation(**{**row, "token_ids": tuple(row["token_ids"])})
-            except (ValueError, KeyError, TypeError, AttributeError):
-                logger.warning("%s holds a damaged line; its sample will be generated again", path)
+                key, generation = _parse(line)
+                self._finished[key] = generation
+            except (ValueError, KeyError, TypeError):
+                num_damaged += 1
+        if num_damaged:
+            logger.warning("%s holds %d damaged lines; their samples will be generated again", path, num_damaged)
         return whole_bytes
 
     def get(self, key: str) -> Generation | None:
@@ -94,8 +122,7 @@ class Journal(AbstractContextManager["Journal"]):
 
     def append(self, key: str, generation: Generation) -> None:
         """Record one sample; it is with the operating system, hence safe from a kill of this process, on return."""
-        row: dict[str, Any] = {"key": key, **asdict(generation)}
-        line = json.dumps(row).encode() + b"\n"
+        line = _line(key, generation)
         written = self._file.write(line)
         if written != len(line):
             self._file.truncate(self._size)

@@ -17,7 +17,8 @@ from typing import Any
 
 from tasks.runtime.processes import follow_parent
 from tasks.runtime.stage import StageError
-from tasks.sampling.engine import Engine, EngineName, SamplingParams, open_engine
+from tasks.sampling.engine import Engine, EngineOptions, SamplingParams
+from tasks.sampling.registry import open_engine
 
 CLOSE_SECONDS = 30.0
 
@@ -72,7 +73,7 @@ class Replica:
     """
 
     def __init__(
-        self, label: str, environment: Mapping[str, str], name: EngineName, checkpoint: Path, options: Mapping[str, Any]
+        self, label: str, environment: Mapping[str, str], name: str, checkpoint: Path, options: EngineOptions
     ) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._label = label
@@ -154,11 +155,11 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, name: EngineName, checkpoint: Path, options: Mapping[str, Any]) -> None:
+def _serve(connection: Connection, name: str, checkpoint: Path, options: EngineOptions) -> None:
     """The process: open the engine, then answer chunks until None comes."""
     follow_parent()
     try:
-        with contextlib.closing(open_engine(name, checkpoint, **options)) as engine:
+        with contextlib.closing(open_engine(name, checkpoint, options)) as engine:
             connection.send(_Idle())
             while (chunk := connection.recv()) is not None:
                 _answer(engine, chunk, connection)

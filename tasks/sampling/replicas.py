@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.checkpoints.folders import read_json
 from tasks.runtime.stage import StageError
 from tasks.sampling.engine import (
     Completion,
-    EngineName,
+    EngineOptions,
     OnFinished,
     OnTokens,
     Request,
@@ -26,6 +25,7 @@ from tasks.sampling.engine import (
     check_lengths,
 )
 from tasks.sampling.loglikelihood import check_pairs
+from tasks.sampling.registry import ENGINES
 from tasks.sampling.replica_process import Chunk, Replica, ReplicaFailure, Result, Tokens
 
 CHUNKS_PER_REPLICA = 4
@@ -46,9 +46,7 @@ class ReplicatedEngine:
         checkpoint: see `open_engine`.
         num_replicas: the first `num_replicas` x `tensor_parallel` visible devices are used; on a CPU the replicas
             share this process's threads.
-        device: "cpu" or "cuda" for the transformers engine; vLLM takes the device it was built for.
-        options: of each replica, see `open_engine`; `max_num_seqs` and `max_model_len` (vLLM) or `batch_size`
-            (transformers) have to be among them.
+        options: of each replica.
 
     Raises:
         StageError: before anything is started, when too few devices are visible; and, as every method, when a
@@ -56,21 +54,15 @@ class ReplicatedEngine:
         RuntimeError: as every method, when a replica raises anything else; its traceback is in the log.
     """
 
-    def __init__(
-        self, name: EngineName, checkpoint: Path, num_replicas: int, *, device: str = "cpu", **options: Any
-    ) -> None:
-        environments = _environments(name, device, num_replicas, options.get("tensor_parallel", 1))
-        if name == "vllm":
-            self._limit, self._batch_size = options["max_model_len"], options["max_num_seqs"]
-        else:
-            self._limit = read_json(checkpoint / "config.json")["max_position_embeddings"]
-            self._batch_size = options["batch_size"]
+    def __init__(self, name: str, checkpoint: Path, num_replicas: int, options: EngineOptions) -> None:
+        environments = _environments(name, num_replicas, options)
+        self._limit, self._batch_size = options.max_model_len, options.batch_size
         self._replicas: list[Replica] = []
         with self._ending_all():
             for rank, environment in enumerate(environments, start=1):
                 on_device = f" (device {environment[DEVICES_VARIABLE]})" if DEVICES_VARIABLE in environment else ""
                 label = f"{name} replica {rank} of {num_replicas}{on_device}"
-                self._replicas.append(Replica(label, environment, name, checkpoint, {"device": device, **options}))
+                self._replicas.append(Replica(label, environment, name, checkpoint, options))
             self._run((), lambda message: None)
 
     def generate(
@@ -164,13 +156,15 @@ class ReplicatedEngine:
             raise
 
 
-def _environments(name: EngineName, device: str, num_replicas: int, tensor_parallel: int) -> list[dict[str, str]]:
+def _environments(name: str, num_replicas: int, options: EngineOptions) -> list[dict[str, str]]:
     """The variables that each replica is started with: its threads and, on GPUs, its devices."""
     threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // num_replicas))}
-    if device == "cpu" and not (name == "vllm" and torch.cuda.is_available()):
+    if options.device == "cpu" and not (ENGINES[name].picks_device and torch.cuda.is_available()):
         return [threads] * num_replicas
     visible = visible_devices(os.environ.get(DEVICES_VARIABLE, ""), torch.cuda.device_count())
-    return [{**threads, DEVICES_VARIABLE: group} for group in device_groups(visible, num_replicas, tensor_parallel)]
+    return [
+        {**threads, DEVICES_VARIABLE: group} for group in device_groups(visible, num_replicas, options.tensor_parallel)
+    ]
 
 
 def visible_devices(setting: str, count: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,13 @@ def stop_token_ids(checkpoint: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def check_lengths(prompt_ids: Mapping[str, Sequence[int]], max_new_tokens: int, checkpoint: Path) -> int:
-    """Tokens that the longest prompt and its response may take together.
+def needed_length(prompts: Iterable[tuple[str, Sequence[int]]], max_new_tokens: int, checkpoint: Path) -> int:
+    """Tokens that the longest prompt, of (problem id, tokens), and its response may take together.
 
     Raises:
         StageError: a prompt with max_new_tokens behind it does not fit the model's max_position_embeddings.
     """
-    longest = max(prompt_ids, key=lambda problem_id: len(prompt_ids[problem_id]))
-    num_prompt_tokens = len(prompt_ids[longest])
+    longest, num_prompt_tokens = max(((name, len(ids)) for name, ids in prompts), key=lambda prompt: prompt[1])
     limit = int(json.loads((checkpoint / "config.json").read_text())["max_position_embeddings"])
     if num_prompt_tokens + max_new_tokens <= limit:
         return num_prompt_tokens + max_new_tokens

@@ -8,6 +8,8 @@ reloading leaves a tied output layer stale there, so the engine is rebuilt when 
 Checkpoints that quantize activations or caches run through tasks/sampling/vllm_plugin.py, eagerly and on one device.
 """
 
+from __future__ import annotations
+
 import gc
 import hashlib
 import math
@@ -30,7 +32,16 @@ from tasks.checkpoints.folders import QUANT_METHOD, quant_method, read_json
 from tasks.checkpoints.models import read_scheme, write_scheme
 from tasks.runtime.stage import StageError
 from tasks.sampling.canary import canary_prompt, check_canary
-from tasks.sampling.engine import Completion, OnFinished, OnTokens, Request, SamplingParams, TokenPair, check_lengths
+from tasks.sampling.engine import (
+    Completion,
+    EngineOptions,
+    OnFinished,
+    OnTokens,
+    Request,
+    SamplingParams,
+    TokenPair,
+    check_lengths,
+)
 from tasks.sampling.loglikelihood import check_pairs, prompt_loglikelihoods
 
 # Set before vLLM is imported, unless the user has. One process: weights are handed over as tensors. Binding
@@ -53,62 +64,47 @@ class VLLMEngine:
 
     Args:
         checkpoint: Hugging Face folder (config and safetensors are used), plain or one of ours.
-        max_model_len: context limit in tokens, prompt and completion together.
-        dtype: torch dtype name of weights, activations and key/value cache.
-        seed: vLLM's own seed; each request has its own beside it.
-        max_num_seqs: most sequences decoded together.
-        gpu_memory_utilization: share of the GPU for weights and cache; leave room for a trainer beside it.
+        options: how to open it; in training leave room on the GPU for the trainer.
         cache_bytes: size of the key/value cache; None is 1 GiB on a CPU and what remains on a GPU.
-        tensor_parallel: devices over which each layer is split.
     """
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        *,
-        max_model_len: int,
-        dtype: str = "bfloat16",
-        seed: int = 0,
-        max_num_seqs: int = 256,
-        gpu_memory_utilization: float = 0.9,
-        cache_bytes: int | None = None,
-        tensor_parallel: int = 1,
-    ) -> None:
+    def __init__(self, checkpoint: Path, options: EngineOptions, cache_bytes: int | None = None) -> None:
         _import_vllm()
         from vllm.platforms import current_platform
 
         self.checkpoint = checkpoint
         self.quantizes_online = quant_method(read_json(checkpoint / "config.json")) == QUANT_METHOD
-        self.tensor_parallel = tensor_parallel
-        if self.quantizes_online and tensor_parallel > 1:
+        self.tensor_parallel = options.tensor_parallel
+        if self.quantizes_online and self.tensor_parallel > 1:
             raise StageError(
                 f"{checkpoint} quantizes activations or caches, which is done on one device: set tensor_parallel=1"
             )
-        self.max_model_len = max_model_len
-        self.dtype = dtype
+        self.max_model_len = options.max_model_len
+        self.dtype = options.dtype
         self.on_cpu = current_platform.is_cpu()
         self._rebuilt: tempfile.TemporaryDirectory[str] | None = None
         self._embeddings_digest = ""
         self._options: dict[str, Any] = {
-            "dtype": dtype,
-            "seed": seed,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization,
+            "dtype": self.dtype,
+            "seed": 0,  # each request has its own
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": options.batch_size,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
             "skip_tokenizer_init": True,
             "trust_remote_code": False,
             "generation_config": "vllm",  # else the checkpoint's sampling defaults creep in
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "stream_interval": STREAM_INTERVAL,
-            "tensor_parallel_size": tensor_parallel,
+            "tensor_parallel_size": self.tensor_parallel,
             "enforce_eager": self.on_cpu or self.quantizes_online,
         }
         if cache_bytes is not None or self.on_cpu:
             self._options["kv_cache_memory_bytes"] = cache_bytes or CPU_CACHE_BYTES
         if self.on_cpu:
             # Unsplit prefill (see above); a request waits for the next step when the tokens of this one are used up.
-            self._options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, 8192)}
+            num_tokens = max(self.max_model_len, 8192)
+            self._options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": num_tokens}
         self._open(checkpoint)
 
     def _open(self, folder: Path) -> None:

@@ -7,46 +7,15 @@ All log-probabilities are those of softmax(logits / temperature), the distributi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tasks.training.config import LoopConfig
+from tasks.training.grpo_config import Normalization, PolicyConfig
 from tasks.training.losses import ChunkLoss, entropy, token_log_probability
 
-Normalization = Literal["grpo", "dapo", "dr_grpo"]
 STD_GUARD = 1e-4
 """Keeps advantages finite where rewards differ by rounding only; the size is TRL's (trl/trainer/grpo_trainer.py)."""
-
-
-class PolicyConfig(LoopConfig):
-    """The policy-gradient loss.  The paper gives the group size and the correctness reward; the rest is choice."""
-
-    group_size: int = Field(default=8, ge=2)
-    temperature: float = Field(default=1.0, gt=0)
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
-    beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the model that training started from; 0 needs no reference model."""
-    updates_per_rollout: int = Field(default=1, gt=0)
-    loss_normalization: Normalization = "grpo"
-    """grpo: mean over sequences of their token means; dapo: mean over tokens; dr_grpo: sum over a constant length."""
-    scale_by_std: bool = True
-    """Divide advantages by the group's standard deviation (Dr. GRPO, arXiv 2503.20783, does not)."""
-    mask_truncated: bool = False
-    """Completions that hit the token limit give no gradient (DAPO, arXiv 2503.14476, section 3.4)."""
-    drop_zero_variance: bool = False
-    """Leave groups with equal rewards out of the step and its denominator; they are counted either way."""
-    importance_sampling: bool = False
-    """Weight tokens by min(policy / engine probability, cap), token-level truncated importance sampling."""
-    importance_cap: float = Field(default=2.0, gt=0)
-
-    @property
-    def resumable_every(self) -> int:
-        """Only where a rollout begins: its completions are not saved."""
-        return self.updates_per_rollout
 
 
 def group_advantages(rewards_PG: Tensor, scale_by_std: bool = True) -> Tensor:
@@ -102,7 +71,7 @@ def policy_loss(terms: TokenTerms, config: PolicyConfig) -> ChunkLoss:
     """
 
     def loss(logits_CV: Tensor, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        logits_CV = logits_CV / config.temperature
+        logits_CV = logits_CV / config.generation.temperature
         logprob_C = token_log_probability(logits_CV, terms.targets_N[tokens])
         present_C = logprob_C.detach()
         old_C = present_C if terms.old_N is None else terms.old_N[tokens]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.training.config import Direction
-from tasks.training.grpo import PolicyConfig, TokenTerms, policy_loss, policy_metrics
+from tasks.training.grpo import TokenTerms, policy_loss, policy_metrics
+from tasks.training.grpo_config import PolicyConfig
 from tasks.training.loop import Batch
 from tasks.training.losses import ChunkLoss, cross_entropy, head_loss, kl_divergence, kl_top_k, token_log_probability
 
@@ -115,7 +116,7 @@ class GRPOObjective(nn.Module):
             return None
 
         def loss(logits_CV: Tensor, tokens: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            value = token_log_probability(logits_CV / self.config.temperature, batch["targets"][tokens])
+            value = token_log_probability(logits_CV / self.config.generation.temperature, batch["targets"][tokens])
             return value, {"logprob": value}
 
         with torch.no_grad():

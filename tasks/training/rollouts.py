@@ -8,79 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
+from tasks.judging.code_answer import CodeVerdict
+from tasks.judging.judge import Judge
+from tasks.judging.math_answer import Verdict
+from tasks.judging.response import Response
 from tasks.runtime.stage import StageError
+from tasks.sampling.engine import Completion, Request
 from tasks.training.batches import Example, by_length, collate, sample_indices
-from tasks.training.grpo import PolicyConfig, group_advantages, token_weights, zero_variance
+from tasks.training.grpo import group_advantages, token_weights, zero_variance
+from tasks.training.grpo_config import RolloutConfig
 from tasks.training.loop import Batch, StepBatches
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_FOLDER = "rollouts"
 
 
-class RolloutConfig(PolicyConfig):
-    """`batch_size` counts completions: batch_size / group_size prompts a step."""
-
-    max_new_tokens: int = Field(default=32768, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    samples_every: int = Field(default=1, gt=0)
-    """Steps between the sample completions that are kept, counted in optimizer steps."""
-    num_samples: int = Field(default=2, ge=0)
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> Self:
-        if self.batch_size % self.group_size:
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of group_size={self.group_size}")
-        if self.checkpoint_every % self.updates_per_rollout:
-            raise ValueError(
-                f"checkpoint_every={self.checkpoint_every} must be a multiple of updates_per_rollout="
-                f"{self.updates_per_rollout}: a run can resume only where a rollout begins"
-            )
-        return self
-
-
 @dataclass(frozen=True)
-class Problem:
+class Prompt:
     id: str
-    prompt_ids: tuple[int, ...]
-    answer: str
-    """What the grader compares a response with: the reference answer, or a program's tests as JSON."""
+    """Of its problem."""
+    token_ids: tuple[int, ...]
+    truth: str
+    """What the judge compares a response with: the reference answer, or a program's tests as JSON."""
+    reasoning_opened: bool = False
+    """See judging.response.Response."""
 
 
-class Completion(Protocol):
-    """A completion as an engine gives it; the stop token is part of it."""
-
-    @property
-    def token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def logprobs(self) -> tuple[float, ...]: ...
-    @property
-    def finish_reason(self) -> Literal["stop", "length"]: ...
-
-
-class Verdict(Protocol):
-    """What the grader says of one response."""
-
-    @property
-    def correct(self) -> bool: ...
-    @property
-    def extracted(self) -> str | None: ...
-    @property
-    def timed_out(self) -> bool: ...
-
-
-Generate = Callable[[list[tuple[tuple[int, ...], int]]], Sequence[Completion]]
-"""[(prompt_ids, seed)] -> completions, sampled with the student's present weights."""
-Grade = Callable[[list[str], list[str]], Sequence[Verdict]]
-"""(responses, answers) -> verdicts."""
+Generate = Callable[[Sequence[Request], Sequence[str], int], Sequence[Completion]]
+"""(requests, ids of their problems, step) -> completions, sampled with the student's present weights."""
 Decode = Callable[[tuple[int, ...]], str]
 
 
@@ -88,10 +54,10 @@ Decode = Callable[[tuple[int, ...]], str]
 class Rollout:
     """The completions of one rollout, group after group, with what the loss and the log need of each."""
 
-    problems: list[Problem]
+    prompts: list[Prompt]
     completions: Sequence[Completion]
     texts: list[str]
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[Verdict | CodeVerdict]
     rewards_PG: Tensor
     advantages_PG: Tensor
 
@@ -101,14 +67,14 @@ class RolloutBatches:
 
     def __init__(
         self,
-        problems: Sequence[Problem],
+        prompts: Sequence[Prompt],
         generate: Generate,
-        grade: Grade,
+        judge: Judge,
         decode: Decode,
         config: RolloutConfig,
         scratch: Path,
     ) -> None:
-        self.problems, self.generate, self.grade, self.decode = problems, generate, grade, decode
+        self.prompts, self.generate, self.judge, self.decode = prompts, generate, judge, decode
         self.config, self.folder = config, scratch / SAMPLES_FOLDER
         self.rollout: Rollout | None = None
 
@@ -124,22 +90,30 @@ class RolloutBatches:
 
     def _roll_out(self, number: int) -> Rollout:
         config, size = self.config, self.config.group_size
-        chosen = sample_indices(len(self.problems), config.batch_size // size, number, config.seed)
-        problems, requests = [], []
+        chosen = sample_indices(len(self.prompts), config.batch_size // size, number, config.seed)
+        prompts, requests = [], []
         for place, i in enumerate(chosen):
             for member in range(size):
-                problems.append(self.problems[i])
-                requests.append((self.problems[i].prompt_ids, _seed(config.seed, number, place * size + member)))
-        completions = self.generate(requests)
+                prompts.append(self.prompts[i])
+                seed = _seed(config.seed, number, place * size + member)
+                requests.append(Request(self.prompts[i].token_ids, seed))
+        names = [prompt.id for prompt in prompts]
+        completions = self.generate(requests, names, number * config.updates_per_rollout)
         if config.importance_sampling and any(math.isnan(p) for c in completions for p in c.logprobs):
             raise StageError(
                 "the engine gives no log-probabilities: set importance_sampling=false or take another engine"
             )
         texts = [self.decode(completion.token_ids) for completion in completions]
-        verdicts = self.grade(texts, [problem.answer for problem in problems])
+        responses = [
+            Response(text, completion.finish_reason == "length", prompt.reasoning_opened)
+            for text, completion, prompt in zip(texts, completions, prompts, strict=True)
+        ]
+        verdicts = self.judge(responses, [prompt.truth for prompt in prompts])
         rewards_PG = torch.tensor([float(v.correct) for v in verdicts], dtype=torch.float64).view(-1, size)
         advantages_PG = group_advantages(rewards_PG, config.scale_by_std)
-        return Rollout(problems, completions, texts, verdicts, rewards_PG, advantages_PG)
+        rollout = Rollout(prompts, completions, texts, verdicts, rewards_PG, advantages_PG)
+        _tell_of_no_reward(rollout)
+        return rollout
 
     def _keep_samples(self, step: int, rollout: Rollout) -> None:
         """The first completions of the first groups, as JSON; a step that runs again writes the same bytes again."""
@@ -150,6 +124,16 @@ class RolloutBatches:
         (self.folder / f"{step + 1:08d}.json").write_text(json.dumps(rows))
 
 
+def _tell_of_no_reward(rollout: Rollout) -> None:
+    """A model whose every answer is wrong, or not found, learns nothing: the log says which."""
+    if not bool(rollout.rewards_PG.any()):
+        num, found = len(rollout.verdicts), sum(v.extracted is not None for v in rollout.verdicts)
+        logger.warning(
+            "none of %d completions was right, so this rollout changes nothing; an answer was found in %d, and %d were "
+            "cut off", num, found, sum(c.finish_reason == "length" for c in rollout.completions),
+        )  # fmt: skip
+
+
 def sample_rows(scratch: Path, steps: int) -> list[dict[str, Any]]:
     """All kept sample completions of the first `steps` steps in order."""
     files = sorted((scratch / SAMPLES_FOLDER).glob("*.json"))
@@ -157,11 +141,11 @@ def sample_rows(scratch: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def _sample_row(rollout: Rollout, i: int) -> dict[str, Any]:
-    problem, completion, verdict = rollout.problems[i], rollout.completions[i], rollout.verdicts[i]
+    prompt, completion, verdict = rollout.prompts[i], rollout.completions[i], rollout.verdicts[i]
     return {
-        "problem_id": problem.id,
+        "problem_id": prompt.id,
         "completion": rollout.texts[i],
-        "gold": problem.answer,
+        "gold": prompt.truth,
         "extracted": verdict.extracted or "",
         "reward": float(rollout.rewards_PG.view(-1)[i]),
         "advantage": float(rollout.advantages_PG.view(-1)[i]),
@@ -178,7 +162,7 @@ def _step_batches(rollout: Rollout, update: int, config: RolloutConfig) -> StepB
     lengths = [len(rollout.completions[i].token_ids) for i in places]
     truncated = [rollout.completions[i].finish_reason == "length" for i in places]
     counted = [not (config.mask_truncated and t) for t in truncated]
-    weights, denominator = token_weights(lengths, counted, config.loss_normalization, config.max_new_tokens)
+    weights, denominator = token_weights(lengths, counted, config.loss_normalization, config.generation.max_new_tokens)
     weight_of = dict(zip(places, weights, strict=True))
     groups = by_length(places, lambda i: _length(rollout, i), config.micro_batch_size)
     batches = [_collate(rollout, group, weight_of, slot, update) for slot, group in enumerate(groups)]
@@ -186,7 +170,7 @@ def _step_batches(rollout: Rollout, update: int, config: RolloutConfig) -> StepB
 
 
 def _length(rollout: Rollout, i: int) -> int:
-    return len(rollout.problems[i].prompt_ids) + len(rollout.completions[i].token_ids)
+    return len(rollout.prompts[i].token_ids) + len(rollout.completions[i].token_ids)
 
 
 def _collate(rollout: Rollout, places: list[int], weight_of: dict[int, float], slot: int, update: int) -> Batch:
@@ -196,7 +180,7 @@ def _collate(rollout: Rollout, places: list[int], weight_of: dict[int, float], s
     weights: list[float] = []
     logprobs: list[float] = []
     for i in places:
-        prompt_ids, completion = rollout.problems[i].prompt_ids, rollout.completions[i]
+        prompt_ids, completion = rollout.prompts[i].token_ids, rollout.completions[i]
         num = len(completion.token_ids)
         examples.append(Example(i, torch.tensor(prompt_ids + completion.token_ids, dtype=torch.int32), len(prompt_ids)))
         advantages += [float(rollout.advantages_PG.view(-1)[i])] * num
@@ -222,6 +206,7 @@ def _metrics(rollout: Rollout) -> dict[str, float | None]:
         "zero_reward_fraction": float((rewards_PG == 0).all(1).double().mean()),
         "response_length": sum(lengths) / num,
         "truncated_fraction": sum(c.finish_reason == "length" for c in rollout.completions) / num,
+        "answer_found_rate": sum(v.extracted is not None for v in rollout.verdicts) / num,
         "grader_timeouts": sum(v.timed_out for v in rollout.verdicts),
     }
 

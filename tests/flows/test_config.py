@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_told_with_the_remedy(override: str, told: str) -> 
 def test_unknown_recipe_and_branch() -> None:
     with pytest.raises(ConfigError, match="did you mean 'tiny_w2g128'"):
         configured("tiny_w2g12", [], [], None)
-    with pytest.raises(ConfigError, match="no branch is called"):
+    with pytest.raises(ConfigError, match="no branch is called 'W5G128'"):
         configured("demo", [], ["W5G128"], None)
 
 
@@ -128,11 +128,12 @@ def test_paper_recipes_have_the_tables_hyperparameters() -> None:
         grpo = branches[f"{start}+KD+GRPO"].grpo_train
         assert grpo is not None
         assert (grpo.learning_rate, grpo.warmup_steps, grpo.steps, grpo.batch_size) == (5e-7, 8, 250, 64)
-        assert (grpo.group_size, grpo.max_new_tokens, grpo.betas) == (8, 32768, (0.9, 0.95))
+        assert (grpo.group_size, grpo.generation.max_new_tokens, grpo.betas) == (8, 32768, (0.9, 0.95))
         assert grpo.batch_size // grpo.micro_batch_size == 4
     evaluation = branches["BF16"].evaluate
     assert evaluation is not None
-    assert (evaluation.temperature, evaluation.top_p, evaluation.max_new_tokens) == (0.6, 0.95, 32768)
+    asked = evaluation.generation
+    assert (asked.temperature, asked.top_p, asked.max_new_tokens) == (0.6, 0.95, 32768)
     assert len(evaluation.seeds) == 3
 
 

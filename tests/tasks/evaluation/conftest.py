@@ -13,7 +13,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from tasks.evaluation import harness
 from tasks.sampling.engine import Completion, Request, SamplingParams
+from tasks.sampling.journal import FILE, Journal
+from tasks.sampling.sampler import Sampler
 
 TEMPLATE = (
     "{% for m in messages %}<user>{{ m['content'] }}<end>{% endfor %}"
@@ -126,6 +129,18 @@ class RecitingEngine:
 
     def close(self) -> None:
         self.answers = {}
+
+
+@pytest.fixture
+def run_harness() -> Callable[..., Any]:
+    """harness.run on an engine, with a journal in the scratch folder."""
+
+    def run(evaluation: Any, engine: Any, score: Any, scratch: Path, progress: Any = lambda done, total: None) -> Any:
+        with Journal(scratch / FILE) as journal:
+            sampler = Sampler(engine, evaluation.sampling, evaluation.config.generation, journal, {"engine": "recites"})
+            return harness.run(evaluation, sampler, score, scratch, progress)
+
+    return run
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from lighteval.metrics.utils.extractive_match_utils import ExprExtractionConfig,
 from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.requests import Doc
 
-from tasks.judging.judge import Response, score_math
+from tasks.evaluation.scoring import score_math
 from tasks.judging.math_answer import Grader
+from tasks.judging.response import Response
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the samples of real data are not here")

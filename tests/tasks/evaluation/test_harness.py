@@ -17,12 +17,13 @@ import torch
 from tasks import evaluate as stage_module
 from tasks.evaluation import harness, records
 from tasks.evaluation.config import EvaluateConfig
-from tasks.judging.judge import Scores, open_scorer
+from tasks.evaluation.scoring import Scores, open_scorer
 from tasks.judging.math_answer import Verdict
 from tasks.runtime.stage import StageError
+from tasks.sampling.config import GenerationConfig
 from tasks.sampling.tokens import request_seed
 
-CONFIG = EvaluateConfig(name="sums", seeds=(1, 2), max_new_tokens=45)
+CONFIG = EvaluateConfig(name="sums", seeds=(1, 2), generation=GenerationConfig(max_new_tokens=45))
 
 
 def score(responses, answers):
@@ -38,7 +39,7 @@ def score(responses, answers):
 
 
 @pytest.fixture
-def run(checkpoint, tokenizer, write_data, tmp_path):
+def run(checkpoint, tokenizer, write_data, tmp_path, run_harness):
     default_data = []
 
     def run(engine, config=CONFIG, data=None, scratch="scratch", progress=lambda done, total: None):
@@ -47,7 +48,7 @@ def run(checkpoint, tokenizer, write_data, tmp_path):
             data = default_data[0]
         (tmp_path / scratch).mkdir(exist_ok=True)
         evaluation = harness.prepare(config, checkpoint, tokenizer, data)
-        return harness.run(evaluation, engine, score, tmp_path / scratch, progress, {"engine": "recites"})
+        return run_harness(evaluation, engine, score, tmp_path / scratch, progress)
 
     return run
 
@@ -111,8 +112,9 @@ def test_an_engine_that_hangs_is_told_and_left_and_what_it_finished_is_kept(run,
     """It hangs after 3 of 10 samples; the same command then generates the other 7."""
     hanging, told = reciting_engine(lives=3), []
     hanging.die = lambda: time.sleep(60)
-    config = CONFIG.model_copy(update={"stall_seconds": 0.2, "stall_limit_seconds": 0.6})
-    with pytest.raises(StageError, match=r"2 samples of seed 1 \(problems .*\)\. Every finished sample is kept"):
+    generation = GenerationConfig(max_new_tokens=45, stall_seconds=0.2, stall_limit_seconds=0.6)
+    config = CONFIG.model_copy(update={"generation": generation})
+    with pytest.raises(StageError, match=r"2 samples \(problems .*\)\. What was finished is kept"):
         run(hanging, config=config, progress=lambda done, total, **info: told.append((done, info)))
     assert any(done == 3 and "no token for" in info.get("stalled", "") for done, info in told)
     resumed = reciting_engine()
@@ -177,7 +179,9 @@ def test_the_stage_module_imports_lighteval_only_when_it_runs():
 
 
 def test_suffix_and_thinking_switch_reach_the_prompt(checkpoint, tokenizer, write_data):
-    config = EvaluateConfig(enable_thinking=False, prompt_suffix=" box it", max_new_tokens=8)
+    config = EvaluateConfig(
+        generation=GenerationConfig(enable_thinking=False, prompt_suffix=" box it", max_new_tokens=8)
+    )
     evaluation = harness.prepare(config, checkpoint, tokenizer, write_data())
     text = evaluation.prompts.prepare_prompt(harness.document(vars(evaluation.questions[42][0])))
     assert text == "<user>1+1= box it<end><model><think></think>"
@@ -186,9 +190,10 @@ def test_suffix_and_thinking_switch_reach_the_prompt(checkpoint, tokenizer, writ
 
 def test_a_prompt_that_is_too_long_is_named_with_the_setting(checkpoint, tokenizer, write_data):
     data = write_data([("short", "1+1=", "", "2", ""), ("long", "1+" * 20 + "1=", "", "21", "")])
+    longer, fitting = (EvaluateConfig(generation=GenerationConfig(max_new_tokens=num)) for num in (20, 19))
     with pytest.raises(StageError, match=r"'long'.* 45 tokens and max_new_tokens=20.* 64 .*to 19 or less"):
-        harness.prepare(EvaluateConfig(max_new_tokens=20), checkpoint, tokenizer, data)
-    assert harness.prepare(EvaluateConfig(max_new_tokens=19), checkpoint, tokenizer, data).max_model_len == 64
+        harness.prepare(longer, checkpoint, tokenizer, data)
+    assert harness.prepare(fitting, checkpoint, tokenizer, data).max_model_len == 64
 
 
 def test_a_tokenizer_without_chat_template_is_refused(checkpoint, tokenizer, write_data):
@@ -206,7 +211,11 @@ def test_stop_tokens_come_from_generation_config_too(checkpoint, tokenizer, writ
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"engine": "sglang"}, "'transformers' or 'vllm'"), ({"seeds": (1, 1)}, "repeat"), ({"name": "a|b"}, "pattern")],
+    [
+        ({"generation": {"engine": "sglang"}}, "'transformers' or 'vllm'"),
+        ({"seeds": (1, 1)}, "repeat"),
+        ({"name": "a|b"}, "pattern"),
+    ],
 )
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -231,7 +240,7 @@ def test_both_scorers_stand_beside_each_other(run, reciting_engine):
     assert frame["extracted_paper"].tolist() == ["2", "3", "42", "9", "8"] * 2
 
 
-def test_choices_are_permuted_per_seed_and_recorded(checkpoint, tokenizer, reciting_engine, tmp_path):
+def test_choices_are_permuted_per_seed_and_recorded(checkpoint, tokenizer, reciting_engine, run_harness, tmp_path):
     """A model that always answers A is right where the permutation put the right choice first."""
     choices = ["one", "two", "red", "sky"]
     rows = [(f"q{i}", f"Which {i}?", "", "one", "", json.dumps({"choices": choices})) for i in range(9)]
@@ -242,14 +251,14 @@ def test_choices_are_permuted_per_seed_and_recorded(checkpoint, tokenizer, recit
     long_context.mkdir()
     config = json.loads((checkpoint / "config.json").read_text()) | {"max_position_embeddings": 1000}
     (long_context / "config.json").write_text(json.dumps(config))
-    choice = EvaluateConfig(name="choices", kind="choice", seeds=(1, 2), max_new_tokens=30)
+    choice = EvaluateConfig(name="choices", kind="choice", seeds=(1, 2), generation=GenerationConfig(max_new_tokens=30))
     evaluation = harness.prepare(choice, long_context, tokenizer, tmp_path / "data")
     prompts = {f"<user>{question.prompt}<end><model>" for asked in evaluation.questions.values() for question in asked}
     assert len(prompts) > 9, "the two seeds ask in other orders"
     engine = reciting_engine()
     engine.answers = dict.fromkeys(prompts, "<think>hm</think>Answer: A")
     with open_scorer(choice, evaluation.problems) as scorer:
-        samples, _, _ = harness.run(evaluation, engine, scorer, tmp_path, lambda done, total, **info: None, {})
+        samples, _, _ = run_harness(evaluation, engine, scorer, tmp_path)
     frame = samples.to_pandas()
     orders = [json.loads(details)["order"] for details in frame["details"]]
     assert frame["correct"].tolist() == frame["correct_paper"].tolist() == [order[0] == 0 for order in orders]

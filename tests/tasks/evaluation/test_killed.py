@@ -15,12 +15,14 @@ import pytest
 from tasks.data.bundled_problems import bundled_problems
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.runtime.stage import Context
+from tasks.sampling.config import GenerationConfig
 
 REPOSITORY = Path(__file__).parents[3]
 BUNDLED_MODEL = REPOSITORY / "artifacts" / "bundled" / "model"
 NUM_PROBLEMS, SEEDS = 6, (42, 43)
 # float32: there a sample does not depend on its batch, so a resumed run must give the very same bytes.
-CONFIG = EvaluateConfig(name="bundled", dtype="float32", seeds=SEEDS, max_new_tokens=160, batch_size=4)
+GENERATION = GenerationConfig(dtype="float32", max_new_tokens=160, batch_size=4)
+CONFIG = EvaluateConfig(name="bundled", seeds=SEEDS, generation=GENERATION)
 
 PROGRAM = """
 import os, signal, sys

@@ -23,6 +23,7 @@ from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation.config import UNSAMPLED
 from tasks.evaluation.options import Options, encode_pair
 from tasks.runtime.stage import Context, StageError
+from tasks.sampling.config import GenerationConfig
 
 BUNDLED_MODEL = Path(__file__).parents[3] / "artifacts" / "bundled" / "model"
 WORDS = ["Tom has 3 apples", "Tom buys 5 apples", "then Tom eats 2", "Mia sells 7 pens", "she has 4 boxes"]
@@ -48,7 +49,10 @@ def write_data(folder: Path, rows=ROWS) -> Path:
 
 
 def settings(**options) -> EvaluateConfig:
-    return on_benchmark(EvaluateConfig(dtype="float32", **options), "arc_easy")
+    """`options`: seeds, and of the generation."""
+    seeds = options.pop("seeds", (42, 43, 44))
+    generation = GenerationConfig(dtype="float32", **options)
+    return on_benchmark(EvaluateConfig(seeds=seeds, generation=generation), "arc_easy")
 
 
 class Lightevals(LightevalModel):
@@ -101,10 +105,10 @@ def test_details_of_another_form_are_refused(details):
 def test_settings_of_sampling_do_not_enter_an_evaluation_that_samples_nothing():
     assert settings(temperature=0.3, seeds=(7, 8)) == settings(temperature=0.9, seeds=(7, 9), enable_thinking=False)
     assert settings(seeds=(7, 8)).seeds == (7,)
-    EvaluateConfig(kind="loglikelihood", seeds=(7,), **UNSAMPLED)
-    for wrong in ({"seeds": (7, 8)}, {"seeds": (7,), "temperature": 0.6}):
-        with pytest.raises(ValueError, match="samples nothing: set temperature=0"):
-            EvaluateConfig(kind="loglikelihood", **{**UNSAMPLED, **wrong})
+    EvaluateConfig(kind="loglikelihood", seeds=(7,), generation=UNSAMPLED)
+    for seeds, wrong in (((7, 8), {}), ((7,), {"temperature": 0.6})):
+        with pytest.raises(ValueError, match=r"samples nothing: set generation\.temperature=0"):
+            EvaluateConfig(kind="loglikelihood", seeds=seeds, generation={**UNSAMPLED, **wrong})
 
 
 def test_an_evaluation_equals_plain_scoring(tmp_path):
@@ -149,7 +153,7 @@ from tasks.runtime.stage import Context
 
 if __name__ == "__main__":  # vLLM may start this program again in another process
     checkpoint, data, folder = map(Path, sys.argv[1:])
-    config = on_benchmark(EvaluateConfig(engine="vllm", dtype="float32"), "arc_easy")
+    config = on_benchmark(EvaluateConfig(generation={"engine": "vllm", "dtype": "float32"}), "arc_easy")
     evaluate(config, Context(folder / "output", folder), checkpoint=checkpoint, data=data)
 """
 

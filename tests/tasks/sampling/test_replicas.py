@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,13 +19,14 @@ import torch
 from tasks.checkpoints.models import load_tokenizer
 from tasks.data.bundled_problems import bundled_problems
 from tasks.runtime.stage import StageError
-from tasks.sampling.engine import Completion, Request, SamplingParams, TokenPair, open_engine
+from tasks.sampling.engine import Completion, EngineOptions, Request, SamplingParams, TokenPair
+from tasks.sampling.registry import open_engine
 from tasks.sampling.replica_process import Replica
 from tasks.sampling.replicas import ReplicatedEngine, chunk_size, device_groups, visible_devices
 
 REPOSITORY = Path(__file__).parents[3]
 MODEL = REPOSITORY / "artifacts" / "bundled" / "model"
-OPTIONS = {"dtype": "float32", "batch_size": 2}
+OPTIONS = EngineOptions(max_model_len=512, dtype="float32", batch_size=2)
 STOP_ID = load_tokenizer(MODEL).eos_token_id
 SAMPLING = SamplingParams(1.0, 0.95, 40, (STOP_ID,))
 UNKNOWN_TOKEN = 10**6
@@ -42,7 +44,7 @@ def make_requests(num: int) -> list[Request]:
 
 
 def open_replicas() -> ReplicatedEngine:
-    return ReplicatedEngine("transformers", MODEL, 2, **OPTIONS)
+    return ReplicatedEngine("transformers", MODEL, 2, OPTIONS)
 
 
 def assert_same(found: Completion, expected: Completion) -> None:
@@ -67,7 +69,7 @@ def requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def expected(requests: list[Request]) -> list[Completion]:
-    return open_engine("transformers", MODEL, **OPTIONS).generate(requests, SAMPLING)
+    return open_engine("transformers", MODEL, OPTIONS).generate(requests, SAMPLING)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_completions_are_those_of_one_engine_and_reported_once(
 
 def test_loglikelihoods_are_those_of_one_engine(replicas: ReplicatedEngine, requests: list[Request]) -> None:
     pairs: list[TokenPair] = [(request.prompt_ids[:-4], request.prompt_ids[-4:]) for request in requests]
-    expected = open_engine("transformers", MODEL, **OPTIONS).loglikelihood(pairs)
+    expected = open_engine("transformers", MODEL, OPTIONS).loglikelihood(pairs)
     found = replicas.loglikelihood(pairs)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -186,18 +188,18 @@ def test_an_exception_of_the_caller_ends_the_replicas(requests: list[Request], c
 def test_a_checkpoint_that_cannot_be_opened_is_told(tmp_path: Path, children: Children) -> None:
     (tmp_path / "config.json").write_bytes((MODEL / "config.json").read_bytes())
     with pytest.raises((StageError, RuntimeError), match=r"replica . of 2 failed: .*weights"):
-        ReplicatedEngine("transformers", tmp_path, 2, **OPTIONS)
+        ReplicatedEngine("transformers", tmp_path, 2, OPTIONS)
     assert not children()
 
 
 PARENT = """
 import multiprocessing, sys
 from pathlib import Path
-from tasks.sampling.engine import Request, SamplingParams
+from tasks.sampling.engine import EngineOptions, Request, SamplingParams
 from tasks.sampling.replicas import ReplicatedEngine
 
 if __name__ == "__main__":
-    engine = ReplicatedEngine("transformers", Path(sys.argv[1]), 2, dtype="float32", batch_size=1)
+    engine = ReplicatedEngine("transformers", Path(sys.argv[1]), 2, EngineOptions(64, "float32", batch_size=1))
     def tell(index, completion):
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     requests = [Request((5, 6), seed) for seed in range(10_000)]
@@ -233,7 +235,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.skipif(torch.cuda.device_count() >= 100, reason="there are as many devices")
 def test_too_few_devices_are_told_before_anything_starts(children: Children) -> None:
     with pytest.raises(StageError, match=r"data_parallel=100 x tensor_parallel=1 takes 100 devices, and \d+ are"):
-        ReplicatedEngine("transformers", MODEL, 100, device="cuda", **OPTIONS)
+        ReplicatedEngine("transformers", MODEL, 100, replace(OPTIONS, device="cuda"))
     assert not children()
 
 

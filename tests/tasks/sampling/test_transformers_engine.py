@@ -16,9 +16,10 @@ from quant.grids.scheme import Scheme
 from quant.student.linear import convert, prepare, quantized_linears
 from quant.student.sites import quantizers_disabled
 from tasks.checkpoints.models import load_model
-from tasks.sampling import transformers_engine
+from tasks.sampling import decoding
 from tasks.sampling.draws import uniform_streams
-from tasks.sampling.engine import Completion, Request, SamplingParams, open_engine
+from tasks.sampling.engine import Completion, EngineOptions, Request, SamplingParams
+from tasks.sampling.registry import open_engine
 from tasks.sampling.transformers_engine import TransformersEngine
 
 VOCABULARY = 40
@@ -110,9 +111,9 @@ def assert_same(found: list[Completion], expected: list[Completion]) -> None:
 )
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_equals_plain_decoding(family: str, sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_engine, "PREFILL_TOKENS", 30)
-    monkeypatch.setattr(transformers_engine, "SLOT_STEP", 3)
-    monkeypatch.setattr(transformers_engine, "ROW_STEP", 2)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(decoding, "SLOT_STEP", 3)
+    monkeypatch.setattr(decoding, "ROW_STEP", 2)
     model = make_model(family)
     requests = make_requests(9)
     requests += [Request(requests[4].prompt_ids, seed=7), Request(requests[4].prompt_ids, seed=8)]
@@ -209,9 +210,9 @@ def test_a_quantized_cache_decodes_as_whole_sequences_do(
     family: str, learned: bool, make_student, save_checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Left padding, shared prompts and rows that leave, at W4A4KV4."""
-    monkeypatch.setattr(transformers_engine, "PREFILL_TOKENS", 30)
-    monkeypatch.setattr(transformers_engine, "SLOT_STEP", 3)
-    monkeypatch.setattr(transformers_engine, "ROW_STEP", 2)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(decoding, "SLOT_STEP", 3)
+    monkeypatch.setattr(decoding, "ROW_STEP", 2)
     # In float32 the other shape of the sums alone flips a 4-bit rounding here and there, in float64 it does not.
     model = load_model(save_checkpoint(make_student(family, learned=learned)), torch.float64)
     requests = make_requests(5)
@@ -227,7 +228,7 @@ def test_a_quantized_cache_decodes_as_whole_sequences_do(
 
 def test_a_checkpoint_is_opened_behind_its_quantizers(make_student, save_checkpoint) -> None:
     folder, sampling, requests = save_checkpoint(make_student("qwen3", learned=True)), GREEDY_8, make_requests(3)
-    found = open_engine("transformers", folder, dtype="float32").generate(requests, sampling)
+    found = open_engine("transformers", folder, EngineOptions(128, "float32")).generate(requests, sampling)
     model = load_model(folder, torch.float32)
     assert found == TransformersEngine(model, 0).generate(requests, sampling)
     with quantizers_disabled(model):
@@ -237,8 +238,7 @@ def test_a_checkpoint_is_opened_behind_its_quantizers(make_student, save_checkpo
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_generates_under_autocast(family: str) -> None:
     sampling, requests = SamplingParams(0.0, 1.0, 6, ()), make_requests(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = TransformersEngine(make_model(family), 0).generate(requests, sampling)
+    found = TransformersEngine(make_model(family), 0, autocast=True).generate(requests, sampling)
     exact = TransformersEngine(make_model(family), 0).generate(requests, sampling)
     for one, other in zip(found, exact, strict=True):
         assert one.logprobs[0] == pytest.approx(other.logprobs[0], abs=0.3) and one.logprobs != other.logprobs
@@ -251,7 +251,7 @@ def test_load_weights_and_open_engine(make_model_folder) -> None:
     with torch.no_grad():
         for parameter in second.parameters():
             parameter.mul_(-0.7)
-    engine = open_engine("transformers", folder, dtype="float32", batch_size=2)
+    engine = open_engine("transformers", folder, EngineOptions(128, "float32", batch_size=2))
     expected = TransformersEngine(first, 0).generate(requests, sampling)
     assert_same(engine.generate(requests, sampling), expected)
     engine.load_weights(second)
@@ -259,8 +259,8 @@ def test_load_weights_and_open_engine(make_model_folder) -> None:
     assert renewed != expected
     assert_same(renewed, TransformersEngine(second, 0).generate(requests, sampling))
     engine.close()
-    with pytest.raises(ValueError, match="unknown engine"):
-        open_engine("tgi", folder)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no engine 'tgi': take 'transformers' or 'vllm'"):
+        open_engine("tgi", folder, EngineOptions(128))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from quant.grids.scheme import Scheme
 from quant.student.linear import convert, prepare
 from quant.student.site_tensors import folded_tensors
 from tasks.sampling.canary import StaleWeightsError
-from tasks.sampling.engine import Completion, Request, SamplingParams, open_engine
+from tasks.sampling.engine import Completion, EngineOptions, Request, SamplingParams
+from tasks.sampling.registry import open_engine
 from tasks.sampling.transformers_engine import TransformersEngine
 from tasks.sampling.vllm_engine import STREAM_INTERVAL, VLLMEngine
 
@@ -75,7 +76,7 @@ def test_handed_over_weights_are_those_of_the_converted_model() -> None:
 def test_a_missing_vllm_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install 'reasoning-qat\[vllm\]'"):
-        open_engine("vllm", Path("anywhere"), max_model_len=8)
+        open_engine("vllm", Path("anywhere"), EngineOptions(max_model_len=8))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMEngine]:
         pytest.skip("vLLM is not installed")
     folder = tmp_path_factory.mktemp("checkpoint")
     make_model().save_pretrained(folder)
-    opened = VLLMEngine(folder, max_model_len=LIMIT, dtype="float32", max_num_seqs=160)
+    opened = VLLMEngine(folder, EngineOptions(LIMIT, "float32", batch_size=160))
     yield opened
     opened.close()
 

@@ -20,7 +20,7 @@ from quant.student.linear import convert
 from tasks.checkpoints.models import load_model
 from tasks.runtime.stage import StageError
 from tasks.sampling.canary import StaleWeightsError
-from tasks.sampling.engine import Request, SamplingParams
+from tasks.sampling.engine import EngineOptions, Request, SamplingParams
 from tasks.sampling.transformers_engine import TransformersEngine
 from tasks.sampling.vllm_engine import VLLMEngine
 
@@ -53,7 +53,7 @@ def opened(request: pytest.FixtureRequest, make_student, save_checkpoint) -> Ite
     family, learned = request.param
     student = make_student(family, learned=learned)
     folder = save_checkpoint(student)
-    engine = VLLMEngine(folder, max_model_len=CONTEXT, dtype="float32", max_num_seqs=8)
+    engine = VLLMEngine(folder, EngineOptions(CONTEXT, "float32", batch_size=8))
     yield Opened(family, student, folder, engine)
     engine.close()
 
@@ -117,7 +117,7 @@ def assert_layers_agree(engine: VLLMEngine, model: PreTrainedModel) -> None:
 
 def test_vllm_is_told_of_the_method() -> None:
     (plugin,) = entry_points(group="vllm.general_plugins", name="reasoning_qat")
-    assert plugin.value == "reasoning_qat.plugin:register"
+    assert plugin.value == "tasks.sampling.vllm_plugin:register"
 
 
 @needs_vllm
@@ -191,7 +191,7 @@ def test_another_kind_of_model_is_refused(opened: Opened, make_student) -> None:
 def test_several_devices_are_refused(make_student, save_checkpoint) -> None:
     folder = save_checkpoint(make_student("llama", learned=False))
     with pytest.raises(StageError, match="set tensor_parallel=1"):
-        VLLMEngine(folder, max_model_len=CONTEXT, tensor_parallel=2)
+        VLLMEngine(folder, EngineOptions(CONTEXT, tensor_parallel=2))
 
 
 SPAWN = """

@@ -28,7 +28,12 @@ def test_a_hanging_engine_is_reported_and_then_left(hang, capfd):
         hang()
     assert 0.6 <= time.monotonic() - start < 10
     assert reports and all("2 samples (problems a, b)" in report for report in reports)
-    for part in ("no token for", "problems a, b", "finished sample is kept", "stall_limit_seconds (now 0.6)"):
+    for part in (
+        "no token for",
+        "problems a, b",
+        "What was finished is kept",
+        "generation.stall_limit_seconds (now 0.6)",
+    ):
         assert part in str(caught.value)
     assert "test_watchdog.py" in capfd.readouterr().err, "the log says where it hung"
 

@@ -1,18 +1,22 @@
 """GRPO: advantages, weights and loss against plain loops; the metrics; the rollout source with a scripted engine."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
+from tasks.judging.math_answer import Verdict
 from tasks.runtime.stage import StageError
+from tasks.sampling.engine import Completion, Request
 from tasks.training.batches import Example, collate
-from tasks.training.grpo import PolicyConfig, group_advantages, k3, token_weights, zero_variance
+from tasks.training.grpo import group_advantages, k3, token_weights, zero_variance
+from tasks.training.grpo_config import PolicyConfig, RolloutConfig
 from tasks.training.objectives import GRPOObjective, KDObjective
-from tasks.training.rollouts import Problem, RolloutBatches, RolloutConfig, sample_rows
+from tasks.training.rollouts import Prompt, RolloutBatches, sample_rows
 
-BASE = dict(steps=8, learning_rate=1e-3, batch_size=4, group_size=2, micro_batch_size=4, max_new_tokens=8)
+BASE = dict(
+    steps=8, learning_rate=1e-3, batch_size=4, group_size=2, micro_batch_size=4, generation={"max_new_tokens": 8}
+)
 
 
 def test_advantages_against_a_plain_loop():
@@ -72,7 +76,7 @@ def log_probabilities(model, batch, temperature: float) -> torch.Tensor:
 def test_loss_against_a_plain_loop(tiny_model, update, beta, importance):
     """Value and gradient in float64, on-policy and after an update, with KL and importance weights."""
     config = PolicyConfig(
-        steps=1, learning_rate=1.0, temperature=0.7, clip_low=0.1, clip_high=0.15, beta=beta,
+        steps=1, learning_rate=1.0, generation={"temperature": 0.7}, clip_low=0.1, clip_high=0.15, beta=beta,
         updates_per_rollout=2, importance_sampling=importance, importance_cap=2.0,
     )  # fmt: skip
     model, reference = tiny_model(0).double(), tiny_model(1).double()
@@ -131,44 +135,30 @@ def test_teacher_and_reference_are_no_submodules(tiny_model):
         assert {name for name, _ in objective.named_parameters()} == student
 
 
-@dataclass(frozen=True)
-class FakeCompletion:
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class FakeVerdict:
-    correct: bool
-    extracted: str | None = None
-    timed_out: bool = False
-
-
 class Script:
     """Problem i's completions have i + 1 tokens; of a problem's completions the first is right if `i % 2`."""
 
     def __init__(self, logprob: float = -1.0) -> None:
-        self.requests: list[list[tuple[tuple[int, ...], int]]] = []
+        self.requests: list[list[Request]] = []
         self.logprob = logprob
 
-    def generate(self, requests):
+    def generate(self, requests, names, step):
         self.requests.append(requests)
-        return [
-            FakeCompletion(ids[-1:] * ids[-1], (self.logprob,) * ids[-1], "length" if ids[-1] == 3 else "stop")
-            for ids, _ in requests
-        ]
+        lasts = [request.prompt_ids[-1] for request in requests]
+        return [Completion((n,) * n, (self.logprob,) * n, "length" if n == 3 else "stop") for n in lasts]
 
-    def grade(self, responses, answers):
-        return [FakeVerdict(i % 2 == 0 and len(text) % 2 == 0) for i, text in enumerate(responses)]
+    def judge(self, responses, truths):
+        self.responses = responses
+        right = [i % 2 == 0 and len(response.text) % 2 == 0 for i, response in enumerate(responses)]
+        return [Verdict(correct, "x" if correct else None, timed_out=False) for correct in right]
 
 
-PROBLEMS = [Problem(f"p{i}", (50, i + 1), str(i)) for i in range(4)]
+PROMPTS = [Prompt(f"p{i}", (50, i + 1), str(i)) for i in range(4)]
 
 
 def source_of(tmp_path, script: Script, **changes) -> RolloutBatches:
     config = RolloutConfig(**(BASE | changes))
-    return RolloutBatches(PROBLEMS, script.generate, script.grade, lambda ids: "x" * len(ids), config, tmp_path)
+    return RolloutBatches(PROMPTS, script.generate, script.judge, lambda ids: "x" * len(ids), config, tmp_path)
 
 
 def test_rollout_batches_hold_what_the_engine_gave(tmp_path):
@@ -177,8 +167,8 @@ def test_rollout_batches_hold_what_the_engine_gave(tmp_path):
     source = source_of(tmp_path, script, batch_size=8, micro_batch_size=3)
     step = source.step_batches(0)
     requests = script.requests[0]
-    assert [ids for ids, _ in requests[::2]] == [ids for ids, _ in requests[1::2]]
-    assert len({seed for _, seed in requests}) == 8
+    assert [r.prompt_ids for r in requests[::2]] == [r.prompt_ids for r in requests[1::2]]
+    assert len({request.seed for request in requests}) == 8
     tokens = [t for batch in step.micro_batches for t in zip(
         batch["targets"].tolist(), batch["advantages"].tolist(), batch["weights"].tolist(), strict=True)]  # fmt: skip
     for length in (1, 2, 3, 4):
@@ -191,7 +181,7 @@ def test_rollout_batches_hold_what_the_engine_gave(tmp_path):
     assert (
         metrics["reward_mean"] == 0.25 and metrics["zero_variance_fraction"] == metrics["zero_reward_fraction"] == 0.5
     )
-    assert metrics["response_length"] == 2.5 and metrics["truncated_fraction"] == 0.25
+    assert metrics["response_length"] == 2.5 and metrics["truncated_fraction"] == metrics["answer_found_rate"] == 0.25
 
 
 def test_masking_and_dropping(tmp_path):

@@ -5,8 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tasks.evaluation.problems import Problem
-from tasks.evaluation.questions import Question, ask, permutation
+from tasks.judging.questions import Problem, Question, ask, permutation
 from tasks.runtime.stage import StageError
 
 CHOICES = ["one", "two", "three\n", "four"]
@@ -44,5 +43,5 @@ def test_permutations_follow_seed_and_problem_and_are_even():
 
 @pytest.mark.parametrize("details", ["", "{}", '{"choices": ["a", "b"]}'])
 def test_a_problem_without_four_choices_is_refused(details):
-    with pytest.raises(StageError, match=r"'p' has \d choices and needs 4: evaluate it as kind=math"):
+    with pytest.raises(StageError, match=r"'p' has \d choices and needs 4: set kind=math"):
         ask("choice", Problem("p", "q", "a", "", details), 42, "")

@@ -1,4 +1,4 @@
-"""From a problem to what is asked under one seed, for each kind of task."""
+"""From a problem to what is asked of a model, for each kind of task whose responses are judged."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tasks.data.benchmarks import TaskKind
-from tasks.evaluation.options import Options
-from tasks.evaluation.problems import Problem
 from tasks.judging.choice_answer import LETTERS
+from tasks.judging.code_tests import parse_tests
+from tasks.judging.response import JudgedKind
 from tasks.runtime.stage import StageError
 
 # As worded by github.com/openai/simple-evals (common.py), and taken over by the harness that the paper builds on.
@@ -19,6 +18,16 @@ CHOICE_PROMPT = (
     "'Answer: $LETTER' (without quotes) where LETTER is one of ABCD. Think step by step before answering.\n\n"
     "{question}\n\nA) {A}\nB) {B}\nC) {C}\nD) {D}"
 )
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    prompt: str
+    answer: str
+    tier: str
+    details: str
+    """JSON with what its kind of task needs besides; see tasks.data.fields.Example."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class Question:
     details: str = ""
 
 
-def ask(kind: TaskKind, problem: Problem, seed: int, suffix: str) -> Question:
-    """The question that a problem becomes under an evaluation seed.
+def ask(kind: JudgedKind, problem: Problem, seed: int, suffix: str) -> Question:
+    """The question that a problem becomes under a seed.
 
     Raises:
         StageError: the problem lacks what its kind needs.
@@ -58,8 +67,8 @@ def _multiple_choice(problem: Problem, seed: int, suffix: str) -> Question:
     choices = json.loads(problem.details or "{}").get("choices", [])
     if len(choices) != len(LETTERS):
         raise StageError(
-            f"problem {problem.id!r} has {len(choices)} choices and needs {len(LETTERS)}: evaluate it as kind=math, or "
-            "give a data set whose details column holds them"
+            f"problem {problem.id!r} has {len(choices)} choices and needs {len(LETTERS)}: set kind=math, or give data "
+            "whose details column holds them"
         )
     order = permutation(len(choices), seed, problem.id)
     shown = dict(zip(LETTERS, (choices[i] for i in order), strict=True))
@@ -67,21 +76,19 @@ def _multiple_choice(problem: Problem, seed: int, suffix: str) -> Question:
     return Question(problem.id, prompt, LETTERS[order.index(0)], problem.tier, json.dumps({"order": order}))
 
 
-def _given_options(problem: Problem, seed: int, suffix: str) -> Question:
-    """details: the contexts and continuations to be scored, see options.Options."""
+def check_tests(problem: Problem) -> None:
+    """StageError unless a programming problem's details are tests that can be run."""
     try:
-        Options.parse(problem.details)
+        parse_tests(problem.details)
     except ValueError as error:
         raise StageError(
-            f"problem {problem.id!r}: {error}; evaluate it as another kind, or give a data set whose details column "
-            "holds one of each per option"
+            f"problem {problem.id!r} has no tests that can be run: {error}; set another kind, or give a data set whose "
+            "details column holds them"
         ) from error
-    return Question(problem.id, problem.prompt, problem.answer, problem.tier, problem.details)
 
 
-_ASK: dict[TaskKind, Callable[[Problem, int, str], Question]] = {
+_ASK: dict[JudgedKind, Callable[[Problem, int, str], Question]] = {
     "math": _free_form,
     "choice": _multiple_choice,
     "code": _free_form,
-    "loglikelihood": _given_options,
 }

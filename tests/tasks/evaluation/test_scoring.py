@@ -9,7 +9,8 @@ from lighteval.tasks.requests import Doc
 from lighteval.utils.language import Language
 
 from tasks.evaluation.config import EvaluateConfig
-from tasks.judging.judge import Response, open_scorer
+from tasks.evaluation.scoring import open_scorer
+from tasks.judging.response import Response
 
 # (gold, text, truncated, the prompt opened the reasoning) -> (strict, paper)
 MATH = [

@@ -1,0 +1,111 @@
+"""GRPO as a whole: problems, the engine that samples from the student, the judge, the loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.checkpoints.models import load_model, load_student, load_tokenizer
+from tasks.data.prompts import encode_prompt, opens_reasoning, render_prompt
+from tasks.judging.judge import Judge
+from tasks.judging.questions import Problem, ask, check_tests
+from tasks.runtime.stage import Context, Metrics, StageError
+from tasks.sampling.engine import Completion, Request, Student
+from tasks.sampling.open import open_sampler, sampling_params
+from tasks.sampling.sampler import Sampler, Tally
+from tasks.sampling.tokens import needed_length, response_text, stop_token_ids
+from tasks.training.config import LOG_FILE
+from tasks.training.grpo_config import GRPOTrainConfig
+from tasks.training.objectives import GRPOObjective
+from tasks.training.rollouts import Prompt, RolloutBatches, sample_rows
+from tasks.training.student import select_trainable
+from tasks.training.student_training import read_rows, train_student
+
+ROLLOUTS_FILE = "rollouts.parquet"
+REWARD_METRICS = ("reward_mean", "zero_reward_fraction", "answer_found_rate")
+
+
+def train_policy(config: GRPOTrainConfig, context: Context, student: Path, data: Path, judge: Judge) -> Metrics:
+    """Train on the problems of `data` with the judge's verdicts as reward; writes checkpoint, log and samples."""
+    tokenizer = load_tokenizer(student)
+    prompts, num_dropped = read_prompts(data, tokenizer, config)
+    stops = stop_token_ids(student, tokenizer)
+    lengths = ((prompt.id, prompt.token_ids) for prompt in prompts)
+    length = needed_length(lengths, config.generation.max_new_tokens, student)
+    model = load_student(student, config.scale_mode, context.device, config.attention)
+    select_trainable(model, config)
+    reference = None
+    if config.beta > 0:
+        reference = load_model(student, torch.float32, context.device, config.attention).requires_grad_(False)
+    trained = Student(model, autocast=config.mixed_precision == "bf16")
+    sampling = sampling_params(config.generation, stops)
+    with open_sampler(config.generation, sampling, student, context, length, trained) as sampler:
+        source = RolloutBatches(
+            prompts,
+            _generate(sampler, model, config, context),
+            judge,
+            lambda ids: response_text(tokenizer, ids, stops),
+            config,
+            context.scratch,
+        )
+        objective = GRPOObjective(model, config, reference)
+        metrics = train_student(model, objective, source, config, context, student)
+    rows = sample_rows(context.scratch, config.steps)
+    pq.write_table(pa.Table.from_pylist(rows), context.output / ROLLOUTS_FILE)
+    log = [json.loads(line) for line in (context.output / LOG_FILE).read_text().splitlines()]
+    rewards = {name: sum(row[name] for row in log) / len(log) for name in REWARD_METRICS}
+    return {**metrics, **rewards, "num_problems": len(prompts), "num_dropped": num_dropped}
+
+
+def read_prompts(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> tuple[list[Prompt], int]:
+    """The problems of a dataset artifact, and how many were left out for their length or for want of an answer.
+
+    Raises:
+        StageError: none is left, or a problem's choices or tests are not of the form that its kind needs.
+    """
+    prompts, num_dropped = [], 0
+    truth = "details" if config.kind == "code" else "answer"
+    for row in read_rows(data, ("id", "prompt", "answer", "tier", "details")):
+        prompt = None
+        if row["prompt"] and row[truth]:
+            prompt = _prompt(Problem(**row), tokenizer, config)
+        if prompt is not None and len(prompt.token_ids) <= config.max_prompt_length:
+            prompts.append(prompt)
+        else:
+            num_dropped += 1
+    if not prompts:
+        raise StageError(
+            f"no problem is left: all {num_dropped} rows lack a prompt or what kind={config.kind!r} compares with "
+            f"({truth}), or have more than max_prompt_length={config.max_prompt_length} prompt tokens. Choose other "
+            "problems, or raise it."
+        )
+    return prompts, num_dropped
+
+
+def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> Prompt:
+    generation = config.generation
+    question = ask(config.kind, problem, config.seed, generation.prompt_suffix)
+    if config.kind == "code":
+        check_tests(problem)
+    truth = problem.details if config.kind == "code" else question.gold
+    ids = encode_prompt(tokenizer, question.prompt, generation.enable_thinking)
+    opened = opens_reasoning(render_prompt(tokenizer, question.prompt, generation.enable_thinking))
+    return Prompt(problem.id, tuple(ids), truth, opened)
+
+
+def _generate(
+    sampler: Sampler, model: PreTrainedModel, config: GRPOTrainConfig, context: Context
+) -> Callable[[Sequence[Request], Sequence[str], int], Sequence[Completion]]:
+    def generate(requests: Sequence[Request], names: Sequence[str], step: int) -> Sequence[Completion]:
+        tally = Tally(config.steps, partial(context.progress, unit="step"), done=step)
+        sampler.engine.load_weights(model)
+        return sampler.complete(requests, names, tally)
+
+    return generate

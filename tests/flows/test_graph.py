@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flows.branches import SECTIONS
 from flows.config import ConfigError, apply_overrides
 from flows.graph import build_graph, evaluation_roles
 from flows.paper_recipes import PAPER_BENCHMARKS
@@ -91,3 +92,45 @@ def test_benchmarks_come_from_the_hub_without_a_folder() -> None:
     graph = build_graph(qwen3_4b_w3g128().select(["BF16"]))
     assert {node.config.source for node in stages(graph, "dataset")} == {"hub"}
     assert {node.config.benchmark for node in stages(graph, "dataset")} == set(PAPER_BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("until", "names"),
+    [
+        ("base_model", {"base_model"}),
+        ("train_data", {"dataset"}),
+        ("dataset", {"dataset"}),
+        ("sft_train", {"base_model", "dataset", "calibrate", "ptq_init", "sft_train"}),
+        ("kd_train", {"base_model", "dataset", "calibrate", "ptq_init", "kd_train"}),
+        ("evaluate", {node.stage.name for node in build_graph(demo()).nodes.values()}),
+    ],
+)
+def test_until_keeps_any_stage_and_what_it_needs(until: str, names: set[str]) -> None:
+    graph = build_graph(demo(), until)
+    assert {node.stage.name for node in graph.nodes.values()} == names
+    for node in graph.nodes.values():
+        assert set(node.inputs.values()) <= set(graph.nodes)
+    assert all(identity in graph.nodes for roles in graph.roles.values() for identity in roles.values())
+
+
+def test_until_a_stage_that_runs_beside_the_others() -> None:
+    run = apply_overrides(demo().select(["W2G128 GPTQ+KD"]), ["teacher_topk={}"])
+    graph = build_graph(run, "teacher_topk")
+    assert {node.stage.name for node in graph.nodes.values()} == {"base_model", "dataset", "teacher_topk"}
+    kd = stages(build_graph(run), "kd_train")[0]
+    assert set(kd.inputs) == {"student", "teacher", "data", "teacher_topk"}
+
+
+def test_until_a_stage_that_no_branch_has() -> None:
+    with pytest.raises(ConfigError, match="no selected branch has a stage 'grpo_train'"):
+        build_graph(demo().select(["W2G128 GPTQ+KD"]), "grpo_train")
+
+
+def test_every_input_of_every_stage_comes_from_a_slot() -> None:
+    """What a stage's file declares is all that the graph knows; forgetting a part is told here."""
+    given = {"base", "model"}
+    for name, stage in SECTIONS.items():
+        assert set(stage.reads) == {*stage.required, *stage.optional}, f"{name}: every input has a slot"
+        given |= {name, *stage.gives}
+    for name, stage in SECTIONS.items():
+        assert set(stage.reads.values()) <= given, f"{name} reads a slot that nothing gives"

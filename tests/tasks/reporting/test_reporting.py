@@ -321,3 +321,14 @@ def test_report_of_nothing() -> None:
     page = Page(build_report(ReportData("Empty", "", [])))
     assert "No branch was evaluated." in page.text
     assert "svg" not in page.elements
+
+
+def test_branches_of_unequal_problems_are_compared_on_what_they_share() -> None:
+    from tasks.reporting.build import _paired
+
+    def samples(ids: str, correct: bool) -> pd.DataFrame:
+        return pd.DataFrame({"problem_id": list(ids), "seed": 1, "correct": correct})
+
+    paired = _paired(samples("abcd", False), samples("bcde", True))
+    assert paired is not None and (paired["diff"], paired["num_problems"]) == (1.0, 3)
+    assert _paired(samples("ab", True), samples("cd", True)) is None

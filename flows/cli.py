@@ -43,7 +43,7 @@ Recipe = Annotated[str, typer.Argument(help="A recipe; see `reasoning-qat recipe
 Sets = Annotated[
     list[str], typer.Option("--set", help="section.field=value on all branches; label:section.field=value on one.")
 ]
-Branches = Annotated[list[str], typer.Option("--branch", help="Only this branch; a part of a name is written *part*.")]
+Branches = Annotated[list[str], typer.Option("--branch", help="Only this branch, or those whose names hold this text.")]
 Force = Annotated[list[str], typer.Option("--force", help="Run this stage again although it is cached.")]
 Until = Annotated[str | None, typer.Option("--until", help="This stage and what it needs, for example ptq_init.")]
 Checkpoint = Annotated[

@@ -22,10 +22,10 @@ LONGEST_SHOWN = 60
 
 
 class ConfigError(ValueError):
-    """A configuration the user can mend; the message names the nearest valid choice."""
+    """A configuration the user can mend; the message, one line, names the nearest valid choice."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(shortened(message, LONGEST_MESSAGE))
+        super().__init__(shortened(" ".join(message.split()), LONGEST_MESSAGE))
 
 
 class RunConfig(StageConfig):
@@ -47,7 +47,10 @@ class RunConfig(StageConfig):
         return self
 
     def select(self, patterns: Sequence[str]) -> RunConfig:
-        """The run with only the branches named, exactly or by a pattern such as "W3*"; case does not matter."""
+        """The run with only the branches named; case does not matter.
+
+        A name that is no branch's is a pattern such as "W3*", or else a part of a name.
+        """
         if not patterns:
             return self
         kept: dict[str, BranchConfig] = {}
@@ -55,7 +58,7 @@ class RunConfig(StageConfig):
             found = _matching(pattern, self.branches)
             if not found:
                 raise ConfigError(
-                    f"no branch is called {shortened(pattern)!r} (a part of a name is written *part*); "
+                    f"no branch is called, or has in its name, {shortened(pattern)!r}; "
                     f"{nearest(pattern, list(self.branches))}"
                 )
             kept |= {label: self.branches[label] for label in found}
@@ -69,9 +72,11 @@ class RunConfig(StageConfig):
 
 
 def _matching(pattern: str, labels: typing.Iterable[str]) -> list[str]:
-    labels = list(labels)
-    exact = [label for label in labels if label.casefold() == pattern.casefold()]
-    return exact or [label for label in labels if fnmatch.fnmatchcase(label.casefold(), pattern.casefold())]
+    folded = {label: label.casefold() for label in labels}
+    wanted = pattern.casefold()
+    exact = [label for label, name in folded.items() if name == wanted]
+    alike = [label for label, name in folded.items() if fnmatch.fnmatchcase(name, wanted)]
+    return exact or alike or [label for label, name in folded.items() if wanted in name]
 
 
 def shortened(text: str, longest: int = LONGEST_SHOWN) -> str:
@@ -132,7 +137,10 @@ def _override(data: dict[str, dict[str, Any]], label: str, path: str, text: str)
         raise ConfigError(
             f"unknown key {shortened(path)!r}; {nearest(section, [*BranchConfig.model_fields, *ALIASES])}"
         )
-    meant = {k for k in data if label in ("", k) and (data[k][section] is not None or not rest)}
+    asked = [k for k in data if label in ("", k)]
+    meant = {k for k in asked if data[k][section] is not None}
+    if not rest and (label or not meant):
+        meant = set(asked)
     if not meant:
         raise ConfigError(f"--set {shortened(path)}: no selected branch has a stage {section!r}")
     for name in meant:

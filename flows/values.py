@@ -16,6 +16,7 @@ import yaml
 
 LONGEST = 10_000
 """Characters of one value; more is a file's content, not an option."""
+_QUOTED, _COMMENT = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r"(^|\s)#")
 _NONE = ("null", "~", "")
 
 
@@ -55,7 +56,7 @@ def parse_value(text: str, annotation: Any) -> Any:
         if text in _NONE and _takes_none(annotation):
             return None
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-    if re.search(r"(^|\s)#", text):
+    if _COMMENT.search(_QUOTED.sub("", text)):
         raise ValueError("'#' would begin a comment here: leave it out, or quote the text that holds it")
     try:
         return yaml.load(text, _Loader)

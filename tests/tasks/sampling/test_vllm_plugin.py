@@ -117,7 +117,7 @@ def assert_layers_agree(engine: VLLMEngine, model: PreTrainedModel) -> None:
 
 def test_vllm_is_told_of_the_method() -> None:
     (plugin,) = entry_points(group="vllm.general_plugins", name="reasoning_qat")
-    assert plugin.value == "tasks.sampling.vllm_plugin:register"
+    assert plugin.value == "reasoning_qat.plugin:register"
 
 
 @needs_vllm

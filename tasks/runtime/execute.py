@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from artifacts.code import Code, Entry, changed, code_of
-from artifacts.disk import ROOT_VARIABLE, brief, is_full, shown
+from artifacts.disk import ROOT_VARIABLE, brief, is_full, is_unwritable, shown
 from artifacts.loaded import loaded_sources
 from artifacts.locks import described
 from artifacts.refs import Ref
-from artifacts.store import Store
+from artifacts.store import Store, StoreError
 from tasks.runtime.machine import package_versions
 from tasks.runtime.progress import LOG_FILE, Progress, log_into, noting, progress_file
 from tasks.runtime.stage import TELEMETRY_FOLDER, Context, Metrics, Stage, StageConfig, StageError
@@ -129,22 +129,28 @@ def execute(run: StageRun, report_to: Path | None = None) -> Outcome:
             measured = telemetry if telemetry.is_dir() else None
             ref = store.commit(output, run.stage.kind, key, payload, provenance, telemetry=measured)
         except Exception as error:
-            shown = _disk_full(error, store) or error
-            shown.add_note(f"The log of stage {run.stage.name}: {scratch / LOG_FILE}")
-            raise shown from (error if shown is not error else None)
+            told = _explained(error, store) or error
+            told.add_note(f"The log of stage {run.stage.name}: {scratch / LOG_FILE}")
+            raise told from (error if told is not error else None)
         finally:
             store.discard(output)
         store.clear_scratch(key)
     return Outcome(ref, False, metrics, tuple(progress.notes))
 
 
-def _disk_full(error: Exception, store: Store) -> StageError | None:
-    """What a full disk means to the user, if that is what happened, whichever library met it."""
-    if not is_full(error):
+def _explained(error: Exception, store: Store) -> StageError | None:
+    """What a full or read-only disk means to the user, if that is what happened, whichever library met it."""
+    if isinstance(error, StageError | StoreError):
+        return None
+    if is_full(error, store.root):
+        cause, remedy = "the disk is full", "free some space"
+    elif is_unwritable(error):
+        cause, remedy = "a file cannot be written", "make it writable"
+    else:
         return None
     return StageError(
-        f"the disk is full ({brief(str(error), 70)}; store {shown(store.root)}). Nothing finished was lost: free some "
-        f"space, or set {ROOT_VARIABLE} to another folder, and run the same command again"
+        f"{cause} ({brief(str(error), 70)}; store {shown(store.root)}). Nothing finished was lost: {remedy}, or set "
+        f"{ROOT_VARIABLE} to another folder, and run the same command again"
     )
 
 

@@ -41,6 +41,8 @@ class StepBatches:
     """What the summed loss is divided by (tokens, sequences ...)."""
     metrics: dict[str, float | None] = field(default_factory=dict)
     """Logged with the step as they are; deterministic values only."""
+    samples: Sequence[Row] = ()
+    """Of the step, for people to read; they stand in its row under "samples" and so are part of every checkpoint."""
 
 
 class BatchSource(Protocol):
@@ -136,7 +138,8 @@ class _Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, **metrics, **batches.metrics}
+        row = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, **metrics, **batches.metrics}
+        return row | ({"samples": list(batches.samples)} if batches.samples else {})
 
     def _set_learning_rate(self, step: int) -> float:
         factor = lr_factor(step, self.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,11 @@ from tasks.sampling.engine import Completion, Request, Student
 from tasks.sampling.open import open_sampler, sampling_params
 from tasks.sampling.sampler import Sampler, Tally
 from tasks.sampling.tokens import needed_length, response_text, stop_token_ids
-from tasks.training.config import LOG_FILE
 from tasks.training.grpo_config import GRPOTrainConfig
 from tasks.training.objectives import GRPOObjective
-from tasks.training.rollouts import Prompt, RolloutBatches, sample_rows
+from tasks.training.rollouts import Prompt, RolloutBatches
 from tasks.training.student import select_trainable
-from tasks.training.student_training import read_rows, train_student
+from tasks.training.student_training import losses, read_rows, train_student
 
 ROLLOUTS_FILE = "rollouts.parquet"
 REWARD_METRICS = ("reward_mean", "zero_reward_fraction", "answer_found_rate")
@@ -53,15 +51,13 @@ def train_policy(config: GRPOTrainConfig, context: Context, student: Path, data:
             judge,
             lambda ids: response_text(tokenizer, ids, stops),
             config,
-            context.scratch,
         )
         objective = GRPOObjective(model, config, reference)
-        metrics = train_student(model, objective, source, config, context, student)
-    rows = sample_rows(context.scratch, config.steps)
-    pq.write_table(pa.Table.from_pylist(rows), context.output / ROLLOUTS_FILE)
-    log = [json.loads(line) for line in (context.output / LOG_FILE).read_text().splitlines()]
-    rewards = {name: sum(row[name] for row in log) / len(log) for name in REWARD_METRICS}
-    return {**metrics, **rewards, "num_problems": len(prompts), "num_dropped": num_dropped}
+        rows = train_student(model, objective, source, config, context, student)
+    samples = [sample for row in rows for sample in row.get("samples", ())]
+    pq.write_table(pa.Table.from_pylist(samples), context.output / ROLLOUTS_FILE)
+    rewards = {name: sum(row[name] for row in rows) / len(rows) for name in REWARD_METRICS}
+    return {**losses(rows), **rewards, "num_problems": len(prompts), "num_dropped": num_dropped}
 
 
 def read_prompts(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> tuple[list[Prompt], int]:

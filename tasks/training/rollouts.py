@@ -7,12 +7,10 @@ rollout number, place in the rollout), and the completions of these and the stud
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +28,6 @@ from tasks.training.grpo_config import RolloutConfig
 from tasks.training.loop import Batch, StepBatches
 
 logger = logging.getLogger(__name__)
-
-SAMPLES_FOLDER = "rollouts"
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Rollout:
 
 
 class RolloutBatches:
-    """BatchSource of GRPO; sample completions go to `scratch`, from where `sample_rows` collects them."""
+    """BatchSource of GRPO; sample completions go with the steps."""
 
     def __init__(
         self,
@@ -72,10 +68,9 @@ class RolloutBatches:
         judge: Judge,
         decode: Decode,
         config: RolloutConfig,
-        scratch: Path,
     ) -> None:
         self.prompts, self.generate, self.judge, self.decode = prompts, generate, judge, decode
-        self.config, self.folder = config, scratch / SAMPLES_FOLDER
+        self.config = config
         self.rollout: Rollout | None = None
 
     def step_batches(self, step: int) -> StepBatches:
@@ -84,9 +79,8 @@ class RolloutBatches:
         if update == 0:
             self.rollout = self._roll_out(number)
         assert self.rollout is not None  # checkpoints lie on rollout borders only
-        if step % config.samples_every == 0:
-            self._keep_samples(step, self.rollout)
-        return _step_batches(self.rollout, update, config)
+        samples = self._samples(step, self.rollout) if step % config.samples_every == 0 else []
+        return replace(_step_batches(self.rollout, update, config), samples=samples)
 
     def _roll_out(self, number: int) -> Rollout:
         config, size = self.config, self.config.group_size
@@ -115,13 +109,11 @@ class RolloutBatches:
         _tell_of_no_reward(rollout)
         return rollout
 
-    def _keep_samples(self, step: int, rollout: Rollout) -> None:
-        """The first completions of the first groups, as JSON; a step that runs again writes the same bytes again."""
+    def _samples(self, step: int, rollout: Rollout) -> list[dict[str, Any]]:
+        """The first completions of the first groups."""
         num, size = len(rollout.completions), self.config.group_size
         places = [i for member in range(size) for i in range(member, num, size)][: self.config.num_samples]
-        rows = [{"step": step + 1, **_sample_row(rollout, i)} for i in places]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / f"{step + 1:08d}.json").write_text(json.dumps(rows))
+        return [{"step": step + 1, **_sample_row(rollout, i)} for i in places]
 
 
 def _tell_of_no_reward(rollout: Rollout) -> None:
@@ -132,12 +124,6 @@ def _tell_of_no_reward(rollout: Rollout) -> None:
             "none of %d completions was right, so this rollout changes nothing; an answer was found in %d, and %d were "
             "cut off", num, found, sum(c.finish_reason == "length" for c in rollout.completions),
         )  # fmt: skip
-
-
-def sample_rows(scratch: Path, steps: int) -> list[dict[str, Any]]:
-    """All kept sample completions of the first `steps` steps in order."""
-    files = sorted((scratch / SAMPLES_FOLDER).glob("*.json"))
-    return [row for file in files if int(file.stem) <= steps for row in json.loads(file.read_text())]
 
 
 def _sample_row(rollout: Rollout, i: int) -> dict[str, Any]:

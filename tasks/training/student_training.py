@@ -43,7 +43,7 @@ def train_student(
     config: StudentConfig,
     context: Context,
     student: Path,
-) -> Metrics:
+) -> list[Row]:
     """Train `model`, which is inside `objective`, and write it as a checkpoint with its training log."""
     rows = train(
         objective,
@@ -56,9 +56,15 @@ def train_student(
     )
     save_student(model, student, context.output)
     write_log(rows, context.output / LOG_FILE)
+    return rows
+
+
+def losses(rows: Sequence[Row]) -> Metrics:
+    """The record's figures of a training."""
     return {"first_loss": rows[0]["loss"], "final_loss": rows[-1]["loss"]}
 
 
 def write_log(rows: Iterable[Row], path: Path) -> None:
-    """One JSON object per line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """One JSON object per line: the figures of a step, not its samples."""
+    figures = ({name: value for name, value in row.items() if name != "samples"} for row in rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in figures))

@@ -12,7 +12,7 @@ from tasks.training.batches import TokenBatches
 from tasks.training.config import KDTrainConfig, SFTTrainConfig
 from tasks.training.objectives import KDObjective, SFTObjective
 from tasks.training.student import select_trainable
-from tasks.training.student_training import read_examples, train_student
+from tasks.training.student_training import losses, read_examples, train_student
 from tasks.training.topk import TopKCache
 
 
@@ -21,8 +21,8 @@ def train_sft(config: SFTTrainConfig, context: Context, student: Path, data: Pat
     examples, counts = read_examples(data, load_tokenizer(student), config)
     model = load_student(student, config.scale_mode, context.device, config.attention)
     select_trainable(model, config)
-    metrics = train_student(model, SFTObjective(model), TokenBatches(examples, config), config, context, student)
-    return {**metrics, **counts}
+    rows = train_student(model, SFTObjective(model), TokenBatches(examples, config), config, context, student)
+    return {**losses(rows), **counts}
 
 
 def train_kd(
@@ -43,5 +43,5 @@ def train_kd(
                 f"{model.config.vocab_size}): distil from the model that the student was quantized from"
             )
     objective = KDObjective(model, full, config.direction, config.temperature)
-    metrics = train_student(model, objective, TokenBatches(examples, config, cache), config, context, student)
-    return {**metrics, **counts}
+    rows = train_student(model, objective, TokenBatches(examples, config, cache), config, context, student)
+    return {**losses(rows), **counts}

@@ -323,6 +323,22 @@ def test_grpo_artifact_and_resume(tmp_path, monkeypatch, student, data, changes)
     )
 
 
+def test_no_file_in_the_scratch_of_grpo_is_believed_when_a_bit_flipped(tmp_path, monkeypatch, student, data, flip_bit):
+    """All files at once: the run begins anew and ends with the same bytes, samples included."""
+    monkeypatch.setattr("tasks.judging.judge.open_judge", open_length_judge)
+    config = GRPOTrainConfig(**RL)
+    whole, broken = context_of(tmp_path / "whole"), context_of(tmp_path / "broken")
+    grpo_train(config, whole, student=student, data=data)
+    with pytest.raises(Killed):
+        grpo_train(config, killed_at(3, broken), student=student, data=data)
+    damaged = [file for file in broken.scratch.rglob("*") if file.is_file() and file.stat().st_size]
+    for file in damaged:
+        flip_bit(file, 0.6)
+    again = context_of(tmp_path / "broken")
+    grpo_train(config, again, student=student, data=data)
+    assert damaged and files(again.output) == files(whole.output)
+
+
 def test_zero_rl_runs_and_changes_nothing(tmp_path, student, data):
     """With the real grader a random model is never right: every step is counted, its loss is 0, the weights stay."""
     context = context_of(tmp_path)

@@ -12,7 +12,7 @@ from tasks.training.batches import Example, collate
 from tasks.training.grpo import group_advantages, k3, token_weights, zero_variance
 from tasks.training.grpo_config import PolicyConfig, RolloutConfig
 from tasks.training.objectives import GRPOObjective, KDObjective
-from tasks.training.rollouts import Prompt, RolloutBatches, sample_rows
+from tasks.training.rollouts import Prompt, RolloutBatches
 
 BASE = dict(
     steps=8, learning_rate=1e-3, batch_size=4, group_size=2, micro_batch_size=4, generation={"max_new_tokens": 8}
@@ -156,15 +156,15 @@ class Script:
 PROMPTS = [Prompt(f"p{i}", (50, i + 1), str(i)) for i in range(4)]
 
 
-def source_of(tmp_path, script: Script, **changes) -> RolloutBatches:
+def source_of(script: Script, **changes) -> RolloutBatches:
     config = RolloutConfig(**(BASE | changes))
-    return RolloutBatches(PROMPTS, script.generate, script.judge, lambda ids: "x" * len(ids), config, tmp_path)
+    return RolloutBatches(PROMPTS, script.generate, script.judge, lambda ids: "x" * len(ids), config)
 
 
-def test_rollout_batches_hold_what_the_engine_gave(tmp_path):
+def test_rollout_batches_hold_what_the_engine_gave():
     """Prompts of a group share their tokens, seeds never repeat, advantages and weights sit on their tokens."""
     script = Script()
-    source = source_of(tmp_path, script, batch_size=8, micro_batch_size=3)
+    source = source_of(script, batch_size=8, micro_batch_size=3)
     step = source.step_batches(0)
     requests = script.requests[0]
     assert [r.prompt_ids for r in requests[::2]] == [r.prompt_ids for r in requests[1::2]]
@@ -184,39 +184,39 @@ def test_rollout_batches_hold_what_the_engine_gave(tmp_path):
     assert metrics["response_length"] == 2.5 and metrics["truncated_fraction"] == metrics["answer_found_rate"] == 0.25
 
 
-def test_masking_and_dropping(tmp_path):
+def test_masking_and_dropping():
     """Masked completions keep their place with weight 0; dropped groups leave batch and denominator."""
-    masked = source_of(tmp_path, Script(), batch_size=8, mask_truncated=True).step_batches(0)
+    masked = source_of(Script(), batch_size=8, mask_truncated=True).step_batches(0)
     weights = {int(t): float(w) for b in masked.micro_batches for t, w in zip(b["targets"], b["weights"], strict=True)}
     assert weights[3] == 0.0 and weights[2] == 0.5 and masked.denominator == 8
-    dropped = source_of(tmp_path, Script(), batch_size=8, drop_zero_variance=True).step_batches(0)
+    dropped = source_of(Script(), batch_size=8, drop_zero_variance=True).step_batches(0)
     assert {int(t) for batch in dropped.micro_batches for t in batch["targets"]} == {2, 4}
     assert dropped.denominator == 4 and dropped.metrics["zero_variance_fraction"] == 0.5
 
 
-def test_several_updates_share_a_rollout(tmp_path):
+def test_several_updates_share_a_rollout():
     script = Script()
-    source = source_of(tmp_path, script, updates_per_rollout=2)
+    source = source_of(script, updates_per_rollout=2)
     updates = [int(source.step_batches(step).micro_batches[0]["update"]) for step in range(4)]
     assert updates == [0, 1, 0, 1] and len(script.requests) == 2
     assert script.requests[0] != script.requests[1]
     fresh = Script()
-    source_of(tmp_path, fresh, updates_per_rollout=2).step_batches(2)
+    source_of(fresh, updates_per_rollout=2).step_batches(2)
     assert fresh.requests == script.requests[1:]  # a resumed run asks the same
 
 
-def test_samples_are_kept_in_order_and_once(tmp_path):
-    source = source_of(tmp_path, Script(), samples_every=2, num_samples=3)
-    for step in (0, 1, 2, 3, 2, 3, 4):  # steps 3 and 4 run again after a kill; step 5 lies beyond the end
-        source.step_batches(step)
-    rows = sample_rows(tmp_path, steps=4)
-    assert [row["step"] for row in rows] == [1, 1, 1, 3, 3, 3]
-    assert rows[0].keys() >= {"problem_id", "completion", "gold", "extracted", "reward", "finish_reason"}
+def test_samples_go_with_their_steps():
+    source = source_of(Script(), samples_every=2, num_samples=3)
+    samples = [source.step_batches(step).samples for step in range(3)]
+    assert [[row["step"] for row in of_step] for of_step in samples] == [[1, 1, 1], [], [3, 3, 3]]
+    assert samples[0][0].keys() >= {"problem_id", "completion", "gold", "extracted", "reward", "finish_reason"}
+    again = source_of(Script(), samples_every=2, num_samples=3)
+    assert again.step_batches(2).samples == samples[2], "a resumed run keeps the same"
 
 
-def test_importance_sampling_needs_log_probabilities(tmp_path):
+def test_importance_sampling_needs_log_probabilities():
     with pytest.raises(StageError, match="importance_sampling=false"):
-        source_of(tmp_path, Script(math.nan), importance_sampling=True).step_batches(0)
+        source_of(Script(math.nan), importance_sampling=True).step_batches(0)
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -36,6 +36,25 @@ ROLLOUTS = RolloutGeneration(engine="vllm", prompt_suffix=MATH_SUFFIX)
 NUMINAMATH = DatasetConfig(source="AI-MO/NuminaMath-1.5", split="train", num_examples=NUMINA_PROBLEMS, seed=42)
 WIKITEXT = DatasetConfig(source="Salesforce/wikitext", subset="wikitext-2-raw-v1", split="train")
 OPENR1_MATH = DatasetConfig(source="open-r1/OpenR1-Math-220k", subset="default", split="train")
+NUMINAMATH = DatasetConfig(
+    source="AI-MO/NuminaMath-1.5",
+    revision="1b05109f9e5c1ad06c0663519502416c30b300f8",
+    split="train",
+    num_examples=NUMINA_PROBLEMS,
+    seed=42,
+)
+WIKITEXT = DatasetConfig(
+    source="Salesforce/wikitext",
+    revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+    subset="wikitext-2-raw-v1",
+    split="train",
+)
+OPENR1_MATH = DatasetConfig(
+    source="open-r1/OpenR1-Math-220k",
+    revision="e4e141ec9dea9f8326f4d347be56105859b2bd68",
+    subset="default",
+    split="train",
+)
 PAPER_BENCHMARKS: tuple[BenchmarkName, ...] = (
     "aime_120", "math_500", "gsm8k", "gpqa_diamond", "livecodebench_v4_v5",
 )  # fmt: skip

@@ -8,6 +8,7 @@ import json
 from tasks.data import sources
 from tasks.data.benchmark_rows import benchmark_digest
 from tasks.data.config import DatasetConfig
+from tasks.data.hub import commit_of
 from tasks.runtime.stage import Context, Metrics, stage
 
 
@@ -20,10 +21,11 @@ def dataset(config: DatasetConfig, context: Context) -> Metrics:
 
 
 def source_digest(config: DatasetConfig) -> str:
-    """sha256 of what the stage will read from outside: contents of local files, names of anything else."""
+    """sha256 of what the stage will read from outside: contents of local files, or the commit of a hub data set."""
     if config.benchmark is not None:
         return benchmark_digest(config.benchmark, config.source)
     if not config.is_bundled and sources.is_local(config.source):
-        return sources.files_digest(sources.local_files(config.source, config.split))
-    named = (config.source, config.subset, config.split, config.revision)
+        return sources.files_digest(sources.local_files(config.source, config.split, config.subset))
+    commit = None if config.is_bundled else commit_of(config.source, config.revision)
+    named = (config.source, config.subset, config.split, commit)
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()

@@ -7,14 +7,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tasks.data import sources
 from tasks.data.benchmarks import BENCHMARKS, HUB, BenchmarkName, HubDataset, RowForm
 from tasks.data.commonsense import ReadRow
-from tasks.data.fields import Example, FieldMap, Row, to_example
+from tasks.data.fields import Example, FieldMap, Row
+from tasks.data.hub import commit_of, hub_table
+from tasks.data.mapping import to_example
+from tasks.data.values import Dropped
+from tasks.data.wording import first_line, listed, shorten
 from tasks.runtime.stage import StageError
 
 COPY_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
@@ -35,8 +38,9 @@ def read_benchmark(name: BenchmarkName, source: str) -> tuple[list[Example], dic
     if source == HUB:
         facts["datasets"] = []
         for dataset in benchmark.datasets:
-            rows, commit = _hub_rows(name, dataset)
-            part = _examples(rows, name, start=len(examples))
+            commit = _commit(name, dataset)
+            table = hub_table(dataset.source, dataset.subset, dataset.split, commit, _hub_remedy(name))
+            part = _examples(table.rows(), name, start=len(examples))
             examples += [replace(example, tier=dataset.tier or example.tier) for example in part]
             facts["datasets"].append({**asdict(dataset), "revision": commit})
     else:
@@ -55,7 +59,7 @@ def benchmark_digest(name: BenchmarkName, source: str) -> str:
     """sha256 of what `read_benchmark` will read: contents of a local copy, or names and commits on the hub."""
     if source != HUB:
         return sources.files_digest(local_copy(name, source))
-    named = [asdict(dataset) for dataset in BENCHMARKS[name].datasets]
+    named = [{**asdict(dataset), "revision": _commit(name, dataset)} for dataset in BENCHMARKS[name].datasets]
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,10 +72,10 @@ def local_copy(name: BenchmarkName, folder: str) -> list[Path]:
     candidates = (root / f"{name}{suffix}" for suffix in ("", *COPY_SUFFIXES))
     found = [path for path in candidates if path.exists()]
     if not found:
-        raise StageError(f"{folder} has no copy of benchmark {name}: {how_to_provide(name)}")
+        raise StageError(f"{shorten(folder, 60)} has no copy of benchmark {name}: {how_to_provide(name)}")
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
-        raise StageError(f"{folder} has several copies of benchmark {name}, {names}: keep one of them")
+        raise StageError(f"{shorten(folder, 60)} has several copies of benchmark {name}, {names}: keep one of them")
     return sources.local_files(str(found[0]), "all")
 
 
@@ -79,62 +83,67 @@ def how_to_provide(name: BenchmarkName) -> str:
     """The remedy for missing data."""
     benchmark = BENCHMARKS[name]
     published = " and ".join(f"{d.source} ({_place(d)})" for d in benchmark.datasets)
-    return (
-        f"put {name}.jsonl (or {', '.join(COPY_SUFFIXES[1:])}, or a folder {name} of such files) with the columns "
-        f"{', '.join(_required(benchmark.fields))} of {published} into a folder, and set benchmark_data to that folder"
-    )
+    columns = listed(_required(benchmark.fields), 32)
+    return f"put {name}.jsonl with {columns} of {published} into a folder, set benchmark_data to it"
 
 
 def _place(dataset: HubDataset) -> str:
-    subset = f"subset {dataset.subset}, " if dataset.subset else ""
-    return f"{subset}split {dataset.split}, revision {dataset.revision or 'newest'}"
+    return f"{dataset.subset or dataset.split}, revision {(dataset.revision or 'newest')[:7]}"
 
 
-def _hub_rows(name: BenchmarkName, dataset: HubDataset) -> tuple[Iterable[Row], str | None]:
-    benchmark = BENCHMARKS[name]
-    access = f"{benchmark.access}; or " if benchmark.access else "check the network; or "
-    remedy = f"{access}{how_to_provide(name)}"
-    return sources.hub_rows(dataset.source, dataset.subset, dataset.split, dataset.revision, remedy)
+def _hub_remedy(name: BenchmarkName) -> str:
+    access = BENCHMARKS[name].access or "check the network"
+    return f"{access}; or set benchmark_data to a folder with a copy, {name}.jsonl"
+
+
+def _commit(name: BenchmarkName, dataset: HubDataset) -> str:
+    return commit_of(dataset.source, dataset.revision, _hub_remedy(name))
 
 
 def _examples(rows: Iterable[Row], name: BenchmarkName, start: int) -> list[Example]:
-    stream = iter(rows)
-    first = next(stream, None)
-    if first is None:
+    rows = list(rows)
+    if not rows:
         raise StageError(f"benchmark {name}: the data has no rows; {how_to_provide(name)}")
     fields = BENCHMARKS[name].fields
     read: ReadRow
     if isinstance(fields, RowForm):
         read = partial(_read_form, name, fields)
     else:
-        read = partial(_read_columns, name, _present_fields(name, fields, list(first)))
-    return [read(row, index) for index, row in enumerate(chain([first], stream), start)]
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        read = partial(_read_columns, name, _present_fields(name, fields, columns))
+    return [read(row, index) for index, row in enumerate(rows, start)]
 
 
 def _read_columns(name: BenchmarkName, fields: FieldMap, row: Row, index: int) -> Example:
-    example = to_example(row, fields, index)
-    if example is None:
+    try:
+        example = to_example(row, fields, index)
+    except StageError as error:
+        raise StageError(f"benchmark {name}: row {index}: {error}") from error
+    if isinstance(example, Dropped):
         raise StageError(
-            f"benchmark {name}: row {index} lacks one of {', '.join(_required(fields))}: complete the copy"
+            f"benchmark {name}: row {index} lacks one of {', '.join(_required(fields))}, or has it in another form "
+            f"({example.reason}): complete the copy"
         )
     return example
 
 
 def _read_form(name: BenchmarkName, form: RowForm, row: Row, index: int) -> Example:
     try:
-        return form.read(row, index)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        example = form.read(row, index)
+        "".join(asdict(example).values()).encode()  # a half surrogate is no text
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise StageError(
-            f"benchmark {name}: row {index} cannot be read ({type(error).__name__}: {error}; columns: "
-            f"{', '.join(row)}); {how_to_provide(name)}"
+            f"benchmark {name}: row {index} cannot be read ({first_line(error, 60)}); {how_to_provide(name)}"
         ) from error
+    return example
 
 
 def _present_fields(name: BenchmarkName, fields: FieldMap, columns: Sequence[str]) -> FieldMap:
     """The benchmark's fields without an id or tier column that is not there."""
     if missing := [column for column in _required(fields) if column not in columns]:
         raise StageError(
-            f"benchmark {name}: no column {', '.join(missing)} (columns: {', '.join(columns)}); {how_to_provide(name)}"
+            f"benchmark {name}: no column {listed(missing, 32)} (columns: {listed(columns, 32)}); "
+            f"{how_to_provide(name)}"
         )
     return replace(
         fields,

@@ -74,7 +74,7 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "aime_120": Benchmark(
         kind="math",
         datasets=(
-            # No commit of this data set is known to us, so its newest is taken; dataset.json records which it was.
+            # No commit of this data set is known to us: its newest is asked for, and enters the key.
             HubDataset("xiaoyuanliu/AIME90", "train", None, tier="2022-2024"),
             HubDataset("yentinglin/aime_2025", "train", "6f71d77b0b89b9dabe07ab466c51df33f514df7f", tier="2025"),
         ),
@@ -113,13 +113,16 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
         ),
         num_problems=198,
         licence="CC BY 4.0",
-        access="GPQA is gated, so that its questions stay out of training corpora: accept its terms on the data set's "
-        "page on the hub, then log in once with `hf auth login`",
+        # So that its questions stay out of training corpora.
+        access="GPQA is gated: accept its terms there, then `hf auth login`",
     ),
     "livecodebench_v4_v5": Benchmark(
         kind="code",
-        # No commit of this data set is known to us, so its newest is taken; dataset.json records which it was.
-        datasets=(HubDataset("lighteval/code_generation_lite", "test", None, subset="v4_v5"),),
+        datasets=(
+            HubDataset(
+                "lighteval/code_generation_lite", "test", "89e5fc5c2a8e748f50e95bc7235fab2372d49bfa", subset="v4_v5"
+            ),
+        ),
         fields=RowForm(
             (
                 "question_id",

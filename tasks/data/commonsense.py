@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from string import ascii_uppercase
 
 from tasks.data.fields import Example, Row
+from tasks.data.values import identity, words
 
 ReadRow = Callable[[Row, int], Example]
 """(row, its number) -> example; KeyError, TypeError, ValueError or IndexError for a row of another form."""
@@ -20,22 +21,22 @@ ReadRow = Callable[[Row, int], Example]
 def arc(row: Row, index: int) -> Example:
     """A science question; the options of ARC-Easy and ARC-Challenge are three to five."""
     if "query" in row:
-        return _answers(row, index, row["query"], row["choices"], row["gold"])
+        return _answers(row, index, words(row, "query"), row["choices"], row["gold"])
     options = row["choices"]
     gold = list(options["label"]).index(row["answerKey"])
-    return _answers(row, index, f"Question: {row['question']}", options["text"], gold)
+    return _answers(row, index, f"Question: {words(row, 'question')}", options["text"], gold)
 
 
 def piqa(row: Row, index: int) -> Example:
     """A goal and two ways to reach it."""
     if "query" in row:
-        return _answers(row, index, row["query"], row["choices"], row["gold"])
-    return _answers(row, index, f"Question: {row['goal']}", (row["sol1"], row["sol2"]), row["label"])
+        return _answers(row, index, words(row, "query"), row["choices"], row["gold"])
+    return _answers(row, index, f"Question: {words(row, 'goal')}", (row["sol1"], row["sol2"]), row["label"])
 
 
 def hellaswag(row: Row, index: int) -> Example:
     """A scene and four endings, without the marks that its WikiHow part brought along."""
-    context = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    context = _clean(f"{words(row, 'activity_label')}: {words(row, 'ctx_a')} {words(row, 'ctx_b').capitalize()}")
     endings = [_clean(ending) for ending in row["endings"]]
     return _example(row, index, [context] * len(endings), endings, row["gold"] if "gold" in row else row["label"])
 
@@ -45,7 +46,7 @@ def winogrande(row: Row, index: int) -> Example:
     if "context_options" in row:
         contexts, rest, gold = row["context_options"], row["continuation"], row["gold"]
     else:
-        before, _, rest = row["sentence"].partition("_")
+        before, _, rest = words(row, "sentence").partition("_")
         contexts, gold = [before + row["option1"], before + row["option2"]], int(row["answer"]) - 1
     return _example(row, index, contexts, [rest.strip()] * len(contexts), gold)
 
@@ -56,13 +57,19 @@ def _answers(row: Row, index: int, question: str, options: Sequence[str], gold: 
 
 def _example(row: Row, index: int, contexts: Sequence[str], continuations: Sequence[str], gold: int | str) -> Example:
     """details: {"contexts": [...], "continuations": [...]}, one of each per option; answer: the right one's letter."""
-    if not all((*contexts, *continuations)):
-        raise ValueError("an option is empty")
-    if not 0 <= int(gold) < len(contexts):
+    if not all(isinstance(text, str) and text for text in (*contexts, *continuations)):
+        raise ValueError("an option is empty, or no text")
+    if int(gold) != float(gold) or not 0 <= int(gold) < len(contexts):
         raise ValueError(f"the right option is number {gold} of {len(contexts)}")
     details = {"contexts": list(contexts), "continuations": [f" {text}" for text in continuations]}
-    identity = str(row.get("id") or index)
-    return Example(identity, contexts[0], "", ascii_uppercase[int(gold)], "", json.dumps(details, ensure_ascii=False))
+    return Example(
+        identity(row, "id", index),
+        contexts[0],
+        "",
+        ascii_uppercase[int(gold)],
+        "",
+        json.dumps(details, ensure_ascii=False),
+    )
 
 
 def _clean(text: str) -> str:

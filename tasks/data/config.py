@@ -12,12 +12,12 @@ from tasks.runtime.bounds import Count, Seed, Whole
 from tasks.runtime.stage import StageConfig
 
 BUNDLED, BUNDLED_STORIES = "bundled", "bundled_stories"
-FIELDS = ("prompt", "response", "answer", "reasoning", "text", "tier", "id")
+FIELDS = ("prompt", "input", "response", "answer", "reasoning", "text", "tier", "id")
 """What columns can be; `NAME_field` names the column."""
 
 
 class DatasetConfig(StageConfig):
-    location_fields: ClassVar[tuple[str, ...]] = ("source",)
+    location_fields: ClassVar[tuple[str, ...]] = ("source", "revision")
     source: str = BUNDLED
     """"bundled" (problems), "bundled_stories" (plain text), a local .jsonl/.parquet/.csv/.txt file (.gz too) or folder,
     or a hub data set id.  For a benchmark: "hub", or a local folder with a copy named after it."""
@@ -26,9 +26,14 @@ class DatasetConfig(StageConfig):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+    """Of a hub data set: a commit, or a branch or tag (None: the newest) whose commit the hub is asked for."""
     preset: Literal["openr1_math", "numinamath_1_5", "gsm8k", "math", "wikitext2", "traces"] | None = None
     """The columns of a well-known data set; chosen by the hub id where there is one."""
     prompt_field: str | None = None
+    """Column of the problems; like the others, chosen by its usual name where unset, A.B for the field B of the objects
+    in A, "" for none.  A column of conversations (messages) can be prompt_field, response_field or both."""
+    input_field: str | None = None
+    """What follows the problem, as alpaca's input."""
     response_field: str | None = None
     answer_field: str | None = None
     answer_rule: AnswerRule | None = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from tasks.data.wording import listed, shorten
 from tasks.runtime.stage import StageError
 
 Row = Mapping[str, Any]
+OR = " or "
+"""Between the kinds of values of a mixed column."""
 AnswerRule = Literal["column", "hash", "boxed"]
 
 
@@ -32,7 +34,11 @@ class FieldMap:
     """Which columns make an example.  None: the example has none of it."""
 
     prompt: str | None = None
+    """Texts, or conversations, whose question is the prompt."""
+    input: str | None = None
+    """Text that follows the prompt, as alpaca's input."""
     response: str | None = None
+    """Texts, or conversations, whose answer is the response."""
     answer: str | None = None
     text: str | None = None
     """Plain text: becomes the response of an example without prompt; excludes the others."""
@@ -46,6 +52,12 @@ class FieldMap:
     """"column": the answer column as it is; "hash": what follows `####` in it; "boxed": its last \\boxed{}."""
     verified_by: tuple[str, ...] = ()
     """Boolean list columns beside a list-valued response: the first generation that one of them marks true is taken."""
+
+    def columns(self, among: Mapping[str, str]) -> list[str]:
+        """The columns that are read, of those there are; of A.B the column A."""
+        named = (self.prompt, self.input, self.response, self.answer, self.text, self.reasoning, self.tier, self.id)
+        wanted = [name for name in (*named, *self.choices, *self.verified_by) if name]
+        return list(dict.fromkeys(c for name in wanted for c in (name, name.partition(".")[0]) if c in among))
 
 
 # Columns as published on the hub, with the licence the data set's own page states.
@@ -79,12 +91,16 @@ LICENCES = {
 }
 # What columns are usually called, most telling first; used where neither a preset nor a field is given.
 _USUAL = {
-    "prompt": ("prompt", "problem", "question", "instruction"),
-    "response": ("response", "solution", "output", "completion"),
-    "answer": ("answer", "final", "final_answer"),
+    "prompt": ("prompt", "problem", "question", "instruction", "query", "input"),
+    "response": ("response", "solution", "output", "completion", "generated_solution"),
+    "answer": ("answer", "final", "final_answer", "expected_answer", "ground_truth"),
+    "reasoning": ("reasoning_content", "reasoning"),
     "tier": ("tier", "level", "difficulty"),
     "id": ("id", "unique_id", "uuid"),
 }
+_USUAL_MESSAGES = ("messages", "conversations", "conversation")
+_USUAL_INPUTS = ("input", "context")  # beside an instruction, as alpaca's and dolly's
+_PLAIN = {"text", "number", ""}  # kinds of values that can be an id or a tier
 
 
 def recognise(row: Row) -> str | None:
@@ -93,57 +109,66 @@ def recognise(row: Row) -> str | None:
         return "openr1_math"
     if {"problem", "reasoning", "response", "answer", "id"} <= set(row):
         return "traces"
-    if "question" in row and "####" in str(row.get("answer")):
+    if "question" in row and "####" in _text(row, "answer"):
         return "gsm8k"
-    if {"problem", "solution", "level"} <= set(row) and "answer" not in row and last_boxed(str(row["solution"])):
+    if {"problem", "solution", "level"} <= set(row) and "answer" not in row and last_boxed(_text(row, "solution")):
         return "math"
     return None
 
 
-def choose_fields(columns: Sequence[str], preset: str | None, given: Mapping[str, str | None]) -> FieldMap:
+def choose_fields(columns: Mapping[str, str], preset: str | None, given: Mapping[str, str | None]) -> FieldMap:
     """The preset's columns, or the usual names among `columns`, overridden by `given` (fields of FieldMap).
 
-    StageError lists the columns, and the nearest name, if one that was asked for is not there, or none holds a text.
+    `columns` says of each what it holds (`values.kind_of`; "" where no row has it).  In `given`, None leaves the choice
+    here, and "" says that there is none; A.B is the field B of the objects in column A.
+
+    StageError lists the columns, and the nearest name, if one that was asked for is not there, or none holds a text, or
+    there may be responses that nobody has named.
     """
     base = PRESETS[preset] if preset else _usual_fields(columns)
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {name: value or None for name, value in given.items() if value is not None}
     if "answer" in overrides:  # another column is not written as the preset's is
         base = replace(base, answer_rule="column")
     if "response" in overrides:
-        base = replace(base, verified_by=())
+        base = replace(base, verified_by=(), reasoning=base.reasoning if preset else None)
+    if overrides.get("text"):
+        base = FieldMap(id=base.id, tier=base.tier)
     if base.id is None:
-        base = replace(base, id=next((name for name in _USUAL["id"] if name in columns), None))
+        base = replace(base, id=_usual("id", columns))
     fields = replace(base, **overrides)
-    wanted = {
-        name: getattr(fields, name) for name in ("prompt", "response", "answer", "text", "reasoning", "tier", "id")
-    }
-    for name, column in wanted.items():
-        if column is not None and column not in columns:
-            nearest = get_close_matches(column, columns, n=1, cutoff=0.4)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-            raise StageError(
-                f"no column {column!r} for {name}_field{hint} (columns: {', '.join(columns)}); set {name}_field"
-            )
+    for name in ("prompt", "input", "response", "answer", "text", "reasoning", "tier", "id"):
+        _check_column(name, getattr(fields, name), columns)
     if fields.text is None and fields.prompt is None:
-        raise StageError(f"no column for the problems (columns: {', '.join(columns)}): set prompt_field, or text_field")
+        raise StageError(f"no column for the problems ({described(columns)}): set prompt_field, or text_field")
+    used = {fields.prompt, fields.input, fields.tier, fields.id}
+    may_be_responses = [name for name, kind in columns.items() if name not in used and kind not in ("", "number")]
+    if (
+        fields.text is None
+        and not fields.response
+        and not fields.answer
+        and may_be_responses
+        and "response" not in overrides
+    ):
+        raise StageError(
+            f"no column known for responses or answers ({described(columns)}): set response_field or answer_field, or "
+            'response_field: "" if problems are all you want'
+        )
     return fields
 
 
-def to_example(row: Row, fields: FieldMap, index: int) -> Example | None:
-    """The row as an example, or None if it lacks what `fields` asks for (no verified trace, an empty column ...)."""
-    identity = str(row.get(fields.id) or index) if fields.id else str(index)
-    if fields.text is not None:
-        text = row.get(fields.text)
-        return Example(identity, "", text, "", "") if text and text.strip() else None
-    prompt, response, answer = row.get(fields.prompt or ""), _response(row, fields), _answer(row, fields)
-    if not prompt or response is None or answer is None:
-        return None
-    choices = [row.get(column) for column in fields.choices]
-    if not all(choices):
-        return None
-    tier = row.get(fields.tier) if fields.tier else None
-    details = json.dumps({"choices": choices}, ensure_ascii=False) if choices else ""
-    return Example(identity, str(prompt), response, answer, "" if tier is None else str(tier), details)
+def described(columns: Mapping[str, str]) -> str:
+    """The columns with what they hold, for messages."""
+    return "columns: " + listed(f"{name} ({kind})" if kind else name for name, kind in columns.items())
+
+
+def value_at(row: Row, column: str | None) -> Any:
+    """The value in a column, or A.B in an object; None where there is none."""
+    if column is None or column in row:
+        return row.get(column) if column else None
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def last_boxed(text: str) -> str | None:
@@ -157,44 +182,43 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _usual_fields(columns: Sequence[str]) -> FieldMap:
-    found: dict[str, Any] = {
-        name: next((column for column in usual if column in columns), None) for name, usual in _USUAL.items()
-    }
+def _check_column(field: str, column: str | None, columns: Mapping[str, str]) -> None:
+    if column is None or column in columns or ("." in column and column.partition(".")[0] in columns):
+        return
+    nearest = get_close_matches(column, columns, n=1, cutoff=0.4)
+    hint = f", did you mean {shorten(nearest[0], 40)!r}?" if nearest else ""
+    raise StageError(
+        f"no column {shorten(column, 40)!r} for {field}_field{hint} ({described(columns)}); set {field}_field"
+    )
+
+
+def _usual(field: str, columns: Mapping[str, str], names: Sequence[str] | None = None) -> str | None:
+    """The first column with one of a field's usual names, those that hold something before those that are empty."""
+    present = [name for name in names or _USUAL[field] if name in columns]
+    if field in ("tier", "id"):
+        present = [name for name in present if _PLAIN.issuperset(columns[name].split(OR))]
+    return next((name for name in present if columns[name]), present[0] if present else None)
+
+
+def _usual_fields(columns: Mapping[str, str]) -> FieldMap:
+    found: dict[str, Any] = {name: _usual(name, columns) for name in _USUAL}
+    if found["response"] is None:
+        found["reasoning"] = None
+        if messages := _messages(columns, found["prompt"]):
+            return FieldMap(**found | {"prompt": messages, "response": messages})
     if found["prompt"] is None and "text" in columns:
         return FieldMap(text="text", id=found["id"])
+    if found["prompt"] == "instruction":
+        found["input"] = _usual("input", columns, _USUAL_INPUTS)
     return FieldMap(**found)
 
 
-def _response(row: Row, fields: FieldMap) -> str | None:
-    if fields.response is None:
-        return ""
-    value = row.get(fields.response)
-    if fields.verified_by:
-        return _verified(row, value or (), fields.verified_by)
-    if not value:
-        return None
-    if fields.reasoning is None:
-        return str(value)
-    reasoning = row.get(fields.reasoning)
-    return f"<think>\n{reasoning.strip()}\n</think>\n\n{value}" if reasoning else None
+def _messages(columns: Mapping[str, str], prompt: str | None) -> str | None:
+    """The column of conversations, by its name or because it is the only one."""
+    by_kind = [name for name, kind in columns.items() if kind == "messages" and name != prompt]
+    return _usual("messages", columns, _USUAL_MESSAGES) or (by_kind[0] if len(by_kind) == 1 else None)
 
 
-def _verified(row: Row, generations: Sequence[str], verified_by: Sequence[str]) -> str | None:
-    for column in verified_by:
-        for generation, is_correct in zip(generations, row.get(column) or (), strict=False):
-            if is_correct and generation:
-                return generation
-    return None
-
-
-def _answer(row: Row, fields: FieldMap) -> str | None:
-    if fields.answer is None:
-        return ""
-    value = row.get(fields.answer)
-    if value is None:
-        return None
-    text = str(value)
-    if fields.answer_rule == "hash":
-        return text.rpartition("####")[2].strip().replace(",", "") if "####" in text else None
-    return last_boxed(text) if fields.answer_rule == "boxed" else text
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    return value if isinstance(value, str) else ""

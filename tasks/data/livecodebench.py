@@ -15,6 +15,7 @@ import pickletools
 import zlib
 
 from tasks.data.fields import Example, Row
+from tasks.data.values import identity, text_of, words
 
 # As worded by LiveCodeBench (lcb_runner/prompts/code_generation.py) and lighteval (tasks/tasks/lcb/main.py).
 PROMPT = (
@@ -44,15 +45,15 @@ def livecodebench_example(row: Row, index: int) -> Example:
     Raises:
         KeyError, TypeError, ValueError: a row of another form, see `livecodebench_tests`.
     """
-    starter = row["starter_code"]
+    starter = words(row, "starter_code") if row["starter_code"] is not None else ""
     form, code = (STARTER_FORM, starter) if starter else (STDIN_FORM, "# YOUR CODE HERE")
     tests = livecodebench_tests(row["public_test_cases"], row["private_test_cases"], row["metadata"])
     return Example(
-        id=str(row.get("question_id") or index),
-        prompt=PROMPT.format(question=row["question_content"], form=form, code=code),
+        id=identity(row, "question_id", index),
+        prompt=PROMPT.format(question=words(row, "question_content"), form=form, code=code),
         response="",
         answer=hashlib.sha256(tests.encode()).hexdigest(),
-        tier=str(row.get("difficulty") or ""),
+        tier=text_of(row.get("difficulty"), set()),
         details=tests,
     )
 

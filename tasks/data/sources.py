@@ -1,9 +1,7 @@
-"""Raw rows of data sets from local files and from the hub: mappings from column names to values."""
+"""Where a data set lies: which files are meant, their digest, and plain text joined to what belongs together."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import re
@@ -12,44 +10,55 @@ from pathlib import Path
 from typing import Any
 
 from tasks.data.fields import Example, Row
+from tasks.data.files import cannot_open, check_format, format_of, read_file
+from tasks.data.wording import listed, shorten
 from tasks.runtime.stage import StageError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".txt", ".txt.gz")
 _READ_BYTES = 2**22
-_HUB_REMEDY = "check the name and the network, or give a local .jsonl, .parquet, .csv or .txt file instead"
-_NOT_A_HUB_ID = re.compile(r"^[./~]|[\\:]|/.*/|\.(jsonl|parquet|txt|json|csv|gz)$")
+_NOT_A_HUB_ID = re.compile(
+    r"^[./~]|[\\:]|/.*/|\.(jsonl|ndjson|parquet|arrow|feather|txt|json|csv|tsv|gz|bz2|xz|zst)$", re.I
+)
 # A level-one heading of WikiText, which opens an article: " = Title = ".
 _ARTICLE = re.compile(r"^\s*= (?!=).* =\s*$")
+# What lies beside data and is none: of a folder that `datasets` has saved, and of the hub's clones.
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_NO_DATA = {_STATE, _SPLITS, "dataset_info.json", "dataset_infos.json", "config.json", "package.json"}
 
 
 def is_local(source: str) -> bool:
     """Whether `source` is a path of this machine, not a hub id; StageError for what looks like one but is not there."""
-    if Path(source).expanduser().exists():
-        return True
+    path = _path(source)
+    try:
+        if path.exists():
+            return True
+        is_link = path.is_symlink()
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    if is_link:
+        raise StageError(f"{shorten(path.name, 60)}: a link to a file that is not there: give a path that exists")
     if _NOT_A_HUB_ID.search(source):
-        raise StageError(f"no such file or folder: {source}; give a path that exists, a hub data set id, or 'bundled'")
+        raise StageError(
+            f"no such file or folder: {shorten(source, 120)}; give a path that exists, a hub data set id, or 'bundled'"
+        )
     return False
 
 
-def local_files(source: str, split: str) -> list[Path]:
+def local_files(source: str, split: str, subset: str | None = None) -> list[Path]:
     """The files behind a local path; StageError names the choice there is.
 
-    In a folder these are the data files whose names start with the split, or all of them for the split "all".
+    In a folder, or its subfolder `subset`, these are the data files whose names start with the split, or all of them
+    for the split "all"; in one that `datasets.save_to_disk` has written, the split's.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise StageError(f"{path.name}: cannot read this kind of file; use one of {', '.join(SUFFIXES)}")
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-    chosen = [file for file in found if split == "all" or file.name.startswith(split)]
-    if not chosen:
-        names = ", ".join(str(file.relative_to(path)) for file in found) or "none"
-        raise StageError(
-            f"{path}: no data file name starts with the split {split!r} (data files: {names}); name one of the files, "
-            "set split to a name's beginning, or split=all"
-        )
-    return chosen
+    path = _path(source)
+    try:
+        if path.is_dir():
+            return _folder_files(_subfolder(path, subset), split)
+        if not path.is_file():
+            raise StageError(f"{shorten(path, 120)}: neither a file nor a folder: give one of them")
+    except OSError as error:
+        raise cannot_open(path, error) from error
+    check_format(path)
+    return [path]
 
 
 def files_digest(files: Sequence[Path]) -> str:
@@ -57,28 +66,19 @@ def files_digest(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
         content = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                content.update(block)
-        total.update(f"{file.name}\0{content.hexdigest()}\n".encode())
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(_READ_BYTES):
+                    content.update(block)
+        except OSError as error:
+            raise cannot_open(file, error) from error
+        total.update(f"{file.name}\0{content.hexdigest()}\n".encode(errors="surrogateescape"))
     return total.hexdigest()
 
 
-def read_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Rows of JSON Lines, parquet and CSV files; a plain text file gives a row {"text": ...} per line."""
-    import pyarrow.parquet as pq
-
-    for file in files:
-        if file.name.endswith(".parquet"):
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-            continue
-        if file.suffix == ".csv":
-            with file.open(encoding="utf-8", newline="") as table:
-                yield from csv.DictReader(table)
-            continue
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            yield from _text_rows(lines) if ".txt" in file.suffixes else _json_rows(lines, file.name)
+def read_rows(files: Sequence[Path]) -> Iterator[Row]:
+    """The rows of data files; a plain text file gives a row {"text": ...} per line."""
+    return (row for file in files for _, row in read_file(file))
 
 
 def read_dataset(folder: Path) -> list[Example]:
@@ -88,32 +88,17 @@ def read_dataset(folder: Path) -> list[Example]:
     return [Example(**row) for row in pq.read_table(folder / "data.parquet").to_pylist()]
 
 
-def hub_rows(
-    source: str, subset: str | None, split: str, revision: str | None, remedy: str = _HUB_REMEDY
-) -> tuple[Iterable[Row], str | None]:
-    """(rows, commit) of a hub data set; StageError with the remedy if it cannot be had."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        loaded = datasets.load_dataset(source, subset, split=split, revision=revision)
-    except (OSError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
-        raise StageError(
-            f"cannot fetch data set {source!r} (revision {revision or 'newest'}) from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); {remedy}"
-        ) from error
-    except ValueError as error:  # an unknown subset or split; the message lists those there are
-        raise StageError(f"data set {source!r}: {error}") from error
-    downloads = " ".join(loaded.info.download_checksums or ())
-    commit = re.search(r"@([0-9a-f]{40})/", downloads)
-    return loaded, commit.group(1) if commit else revision
-
-
 def articles(rows: Iterable[Row], text: str) -> Iterator[dict[str, str]]:
     """WikiText lines joined to articles, each from its level-one heading to the next."""
     lines: list[str] = []
     for row in rows:
-        line = row[text]
+        line = row.get(text)
+        if line is None:
+            continue
+        if not isinstance(line, str):
+            raise StageError(
+                f"column {shorten(text, 40)!r} (text_field) holds a {type(line).__name__}, no text: name another"
+            )
         if _ARTICLE.match(line) and lines:
             yield {text: "".join(lines)}
             lines = []
@@ -134,18 +119,72 @@ def paragraphs(rows: Iterable[Row], text: str) -> Iterator[dict[str, str]]:
         yield {text: "\n".join(lines)}
 
 
-def _text_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    return ({"text": line} for line in lines)
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # the home of a user who does not exist
+        raise StageError(f"{shorten(source, 120)}: {error}: give the path in full") from error
 
 
-def _json_rows(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StageError(f"{name}, line {number}: not JSON ({error}); each line must hold one object") from error
-        if not isinstance(row, dict):
-            raise StageError(f"{name}, line {number}: each line must hold one JSON object with named columns")
-        yield row
+def _subfolder(folder: Path, subset: str | None) -> Path:
+    """Clones of the hub have a folder per subset; other copies need none."""
+    inner = folder / (subset or "")
+    return inner if inner.is_dir() else folder
+
+
+def _folder_files(folder: Path, split: str) -> list[Path]:
+    if (folder / _SPLITS).is_file():
+        return _saved_splits(folder, split)
+    if (folder / _STATE).is_file():
+        return _saved_files(folder)
+    found = [path for path in sorted(folder.rglob("*")) if _is_data(path.relative_to(folder)) and not path.is_dir()]
+    chosen = [path for path in found if split == "all" or path.name.startswith(split)]
+    if not chosen:
+        names = listed(str(path.relative_to(folder)) for path in found) or "none"
+        raise StageError(
+            f"{shorten(folder.name, 40)}: no data file name starts with the split {shorten(split, 30)!r} (data files: "
+            f"{names}); name one of the files, set split to a name's beginning, or split=all"
+        )
+    for path in chosen:
+        if not path.is_file():
+            raise StageError(f"{shorten(path.name, 60)}: a link to nothing, or no file: mend it, or take it away")
+    return chosen
+
+
+def _is_data(path: Path) -> bool:
+    """By its name: no hidden file, no description."""
+    return format_of(path) is not None and path.name not in _NO_DATA and not any(p.startswith(".") for p in path.parts)
+
+
+def _saved_splits(folder: Path, split: str) -> list[Path]:
+    splits = [name for name in _description(folder / _SPLITS, "splits") if isinstance(name, str)]
+    wanted = splits if split == "all" else [split]
+    if unknown := [name for name in wanted if name not in splits or not (folder / name).is_dir()]:
+        raise StageError(
+            f"{shorten(folder.name, 60)} has no split {shorten(unknown[0], 40)!r} (splits: {listed(splits)}): set split"
+        )
+    return [file for name in wanted for file in _saved_files(folder / name)]
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of a data set that `datasets.save_to_disk` has written, in its order."""
+    entries = _description(folder / _STATE, "_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    files = [folder / Path(name).name for name in names if isinstance(name, str)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise StageError(
+            f"{shorten(folder.name, 60)}: {shorten(missing[0].name, 60)} is missing: save the data set again"
+        )
+    return files
+
+
+def _description(file: Path, key: str) -> list[Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise StageError(
+            f"{file.parent.name}/{file.name}: no description of a saved data set: save it again"
+        ) from error
+    if not isinstance(found, list):
+        raise StageError(f"{file.parent.name}/{file.name}: {key} is no list: save the data set again")
+    return found

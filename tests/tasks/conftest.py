@@ -1,8 +1,10 @@
 """Tiny model folders of the three supported architectures, with a byte tokenizer, made in a tenth of a second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -13,6 +15,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from tasks.data.hub import commit_of
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
@@ -49,6 +53,22 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
         return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **special)
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[dict[tuple[str, str | None], str]]:
+    """A hub that knows the commits put in here, by data set and revision, and nothing else."""
+    commits: dict[tuple[str, str | None], str] = {}
+
+    def dataset_info(self, name, revision=None, **options):
+        if (name, revision) not in commits:
+            raise ConnectionError("Name or service not known")
+        return SimpleNamespace(sha=commits[name, revision])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    commit_of.cache_clear()
+    yield commits
+    commit_of.cache_clear()
 
 
 @pytest.fixture

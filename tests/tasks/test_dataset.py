@@ -95,11 +95,12 @@ def test_text_file_becomes_paragraphs(tmp_path, run):
     assert [(e.prompt, e.response) for e in examples] == [("", "one\nmore"), ("", "two")]
 
 
-def test_hub_data_set_by_its_known_columns(monkeypatch, run):
+def test_hub_data_set_by_its_known_columns(monkeypatch, run, hub):
+    hub["openai/gsm8k", "r"] = "c" * 40
     rows = [{"question": "q", "answer": "s #### 1,234"}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_list(rows))
     examples, description, _ = run(source="openai/gsm8k", subset="main", revision="r")
-    assert examples[0].answer == "1234" and description["revision"] == "r" and description["subset"] == "main"
+    assert examples[0].answer == "1234" and description["revision"] == "c" * 40 and description["subset"] == "main"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,8 @@ def test_contradicting_options_are_refused():
         DatasetConfig(min_response_chars=5, max_response_chars=4)
 
 
-def test_source_digest_follows_the_content(problems, tmp_path):
+def test_source_digest_follows_the_content(problems, tmp_path, hub):
+    hub["a/b", None] = "a" * 40
     config = DatasetConfig(source=str(problems))
     before = source_digest(config)
     assert before == source_digest(DatasetConfig(source=str(problems), seed=5))

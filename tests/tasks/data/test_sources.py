@@ -9,10 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.data import sources
-from tasks.data.fields import PRESETS, Example, choose_fields, last_boxed, recognise, to_example
+from tasks.data.fields import PRESETS, Example, choose_fields, last_boxed, recognise
+from tasks.data.hub import hub_table
+from tasks.data.mapping import to_example
+from tasks.data.values import Dropped, kind_of
 from tasks.runtime.stage import StageError
 
 ROWS = [{"problem": "1+1", "answer": "2"}, {"problem": "2+2", "answer": "4"}]
+
+
+def kinds(row):
+    return {name: kind_of(value) for name, value in row.items()}
 
 
 def write_jsonl(path, rows):
@@ -79,7 +86,7 @@ def test_bad_json_line_is_named(tmp_path, line):
         list(sources.read_rows([tmp_path / "a.jsonl"]))
 
 
-def test_hub_rows_and_errors(monkeypatch):
+def test_a_hub_table_and_its_errors(monkeypatch):
     calls = []
 
     def load(*args, **options):
@@ -87,23 +94,24 @@ def test_hub_rows_and_errors(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    rows, revision = sources.hub_rows("owner/name", "main", "train", "abc")
-    assert list(rows) == ROWS and revision == "abc"
+    table = hub_table("owner/name", "main", "train", "abc")
+    assert list(table.rows()) == ROWS and list(table.rows(["answer"])) == [{"answer": "2"}, {"answer": "4"}]
+    assert {name: column.kind for name, column in table.columns().items()} == {"problem": "text", "answer": "text"}
     assert calls == [(("owner/name", "main"), {"split": "train", "revision": "abc"})]
 
     def offline(*args, **options):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(StageError, match=r"owner/name.*Couldn't reach.*local \.jsonl"):
-        sources.hub_rows("owner/name", None, "train", None)
+    with pytest.raises(StageError, match=r"owner/name.*Couldn't reach.*local file"):
+        hub_table("owner/name", None, "train", "abc")
 
     def no_subset(*args, **options):
         raise ValueError("BuilderConfig 'x' not found. Available: ['main', 'socratic']")
 
     monkeypatch.setattr(datasets, "load_dataset", no_subset)
     with pytest.raises(StageError, match=r"main.*socratic"):
-        sources.hub_rows("owner/name", "x", "train", None)
+        hub_table("owner/name", "x", "train", "abc")
 
 
 OPENR1 = {
@@ -125,14 +133,14 @@ OPENR1 = {
             OPENR1 | {"correctness_math_verify": None, "correctness_llama": [False, False, True]},
             Example("u1", "p", "right too", "4", ""),
         ),
-        ("openr1_math", OPENR1 | {"correctness_math_verify": [False] * 3}, None),
+        ("openr1_math", OPENR1 | {"correctness_math_verify": [False] * 3}, Dropped("no_verified_response")),
         ("numinamath_1_5", {"problem": "p", "solution": "s", "answer": "4"}, Example("7", "p", "s", "4", "")),
         (
             "gsm8k",
             {"question": "q", "answer": "2*500 = 1000\n#### 1,000"},
             Example("7", "q", "2*500 = 1000\n#### 1,000", "1000", ""),
         ),
-        ("gsm8k", {"question": "q", "answer": "no mark"}, None),
+        ("gsm8k", {"question": "q", "answer": "no mark"}, Dropped("no_answer")),
         (
             "math",
             {"problem": "p", "solution": r"so \boxed{\frac{1}{2}}.", "level": "Level 3"},
@@ -143,27 +151,35 @@ OPENR1 = {
             {"id": "t", "problem": "p", "reasoning": "hm\n", "response": "4", "answer": "4"},
             Example("t", "p", "<think>\nhm\n</think>\n\n4", "4", ""),
         ),
-        ("traces", {"id": "t", "problem": "p", "reasoning": "hm", "response": None, "answer": "4"}, None),
+        (
+            "traces",
+            {"id": "t", "problem": "p", "reasoning": "hm", "response": None, "answer": "4"},
+            Dropped("no_response"),
+        ),
         ("wikitext2", {"text": " some text \n"}, Example("7", "", " some text \n", "", "")),
-        ("wikitext2", {"text": " \n"}, None),
+        ("wikitext2", {"text": " \n"}, Dropped("no_text")),
     ],
 )
 def test_presets(preset, row, expected):
-    assert to_example(row, choose_fields(list(row), preset, {}), 7) == expected
-    if preset not in ("numinamath_1_5", "wikitext2") and expected is not None:
+    assert to_example(row, choose_fields(kinds(row), preset, {}), 7) == expected
+    if preset not in ("numinamath_1_5", "wikitext2") and isinstance(expected, Example):
         assert recognise(row) == preset
 
 
+def named(*columns):
+    return dict.fromkeys(columns, "text")
+
+
 def test_usual_names_and_overrides():
-    fields = choose_fields(["id", "question", "answer", "final", "difficulty"], None, {"answer": "final"})
+    fields = choose_fields(named("id", "question", "answer", "final", "difficulty"), None, {"answer": "final"})
     assert (fields.prompt, fields.response, fields.answer, fields.tier) == ("question", None, "final", "difficulty")
     row = {"id": 5, "question": "q", "answer": "long", "final": 72, "difficulty": 2.0}
     assert to_example(row, fields, 0) == Example("5", "q", "", "72", "2.0")
-    assert choose_fields(["text", "url"], None, {}).text == "text"
-    assert choose_fields(["question", "answer", "final"], "gsm8k", {"answer": "final"}).answer_rule == "column"
-    boxed = choose_fields(["problem", "solution"], None, {"answer": "solution", "answer_rule": "boxed"})
+    assert choose_fields(named("text", "url"), None, {}).text == "text"
+    assert choose_fields(named("question", "answer", "final"), "gsm8k", {"answer": "final"}).answer_rule == "column"
+    boxed = choose_fields(named("problem", "solution"), None, {"answer": "solution", "answer_rule": "boxed"})
     assert to_example({"problem": "p", "solution": r"\boxed{3}"}, boxed, 0) == Example("0", "p", r"\boxed{3}", "3", "")
-    solutions = choose_fields([*OPENR1, "solution"], "openr1_math", {"response": "solution"})
+    solutions = choose_fields(named(*OPENR1, "solution"), "openr1_math", {"response": "solution"})
     assert to_example(OPENR1 | {"solution": "s"}, solutions, 0) == Example("u1", "p", "s", "4", "")
     assert recognise({"question": "q", "answer": "72"}) is None
     assert set(PRESETS) >= {"openr1_math", "numinamath_1_5", "gsm8k", "math", "wikitext2"}
@@ -171,18 +187,19 @@ def test_usual_names_and_overrides():
 
 def test_missing_columns_are_named_with_the_nearest():
     with pytest.raises(
-        StageError, match=r"no column 'promt' for prompt_field, did you mean 'prompt'\? \(columns: prompt, x\)"
+        StageError,
+        match=r"no column 'promt' for prompt_field, did you mean 'prompt'\? \(columns: prompt \(text\), x \(number\)\)",
     ):
-        choose_fields(["prompt", "x"], None, {"prompt": "promt"})
+        choose_fields({"prompt": "text", "x": "number"}, None, {"prompt": "promt"})
     with pytest.raises(StageError, match="no column 'question'"):
-        choose_fields(["a", "answer"], "gsm8k", {})
-    with pytest.raises(StageError, match=r"columns: a, b.*prompt_field"):
-        choose_fields(["a", "b"], None, {})
+        choose_fields({"a": "text", "answer": "text"}, "gsm8k", {})
+    with pytest.raises(StageError, match=r"columns: a \(text\), b.*prompt_field"):
+        choose_fields({"a": "text", "b": ""}, None, {})
 
 
 def test_row_without_a_column_that_others_have_is_incomplete():
-    fields = choose_fields(["problem", "solution"], None, {})
-    assert to_example({"problem": "p"}, fields, 0) is None
+    fields = choose_fields(dict.fromkeys(["problem", "solution"], "text"), None, {})
+    assert to_example({"problem": "p"}, fields, 0) == Dropped("no_response")
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def _place(dataset: HubDataset) -> str:
 
 def _hub_remedy(name: BenchmarkName) -> str:
     access = BENCHMARKS[name].access or "check the network"
-    return f"{access}; or set benchmark_data to a folder with a copy, {name}.jsonl"
+    return f"{access}; or put {name}.jsonl into a folder and give it as benchmark_data"
 
 
 def _commit(name: BenchmarkName, dataset: HubDataset) -> str:

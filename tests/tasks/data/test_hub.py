@@ -29,7 +29,7 @@ def loads(monkeypatch):
 
 def key_of(tmp_path, **options):
     config = DatasetConfig(source=NAME, **options)
-    return StageRun(dataset, config, {}, tmp_path, source_digest=source_digest(config), code="c").payload()
+    return StageRun(dataset, config, {}, tmp_path, source_digest=source_digest(config)).payload()
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1"])

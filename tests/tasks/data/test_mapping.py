@@ -44,9 +44,7 @@ CONVERSATIONS = {
     "developer": {"messages": [{"role": "developer", "content": "x"}, USER, ANSWER]},
     "parts": {"messages": [{"role": "user", "content": PARTS}, ANSWER]},
     "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "\\boxed{4}"}]},
-    "other names": {
-        "conversation": [{"from": "User", "value": "2+2?"}, {"from": "model", "value": "\\boxed{4}"}]
-    },
+    "other names": {"conversation": [{"from": "User", "value": "2+2?"}, {"from": "model", "value": "\\boxed{4}"}]},
     "another column": {"dialogue": [USER, ANSWER], "source": "web"},
     "prompt and completion": {"prompt": [USER], "completion": [ANSWER]},
     "prompt of text": {"prompt": "2+2?", "completion": [ANSWER]},

@@ -35,6 +35,16 @@ def exact_products(*, bfloat16_inputs: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def not_finite(dtype: torch.dtype) -> ValueError:
+    """What is wrong when inputs of a layer are not finite though the weights, which were looked at, are."""
+    if dtype is torch.float16:
+        return ValueError(
+            "the calibration inputs are not finite: activations overflow in float16; use bfloat16, that is set "
+            '"dtype": "bfloat16" in the config.json of the model\'s folder'
+        )
+    return ValueError("the calibration inputs are not finite; check the checkpoint for outliers, or compute in float32")
+
+
 class HessianAccumulator:
     """Mean over sequences of 2 X X^T in fp32 (GPTQ: IST-DASLab/gptq, gptq.py, `add_batch`).
 
@@ -46,6 +56,8 @@ class HessianAccumulator:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.num_sequences = 0
+        self.dtype = torch.float32
+        """Of the inputs."""
 
     def add(self, x_BTI: Tensor, mask_BT: Tensor | None = None) -> None:
         """Take the inputs of a batch; tokens with a false mask (padding) do not count.
@@ -53,7 +65,7 @@ class HessianAccumulator:
         Raises ValueError when an input is not finite.
         """
         x_NI = x_BTI.flatten(0, 1) if mask_BT is None else x_BTI[mask_BT.to(x_BTI.device, torch.bool)]
-        is_bfloat16 = x_NI.dtype is torch.bfloat16
+        self.dtype, is_bfloat16 = x_NI.dtype, x_NI.dtype is torch.bfloat16
         x_NI = x_NI.float()
         with exact_products(bfloat16_inputs=is_bfloat16):
             for start in range(0, x_NI.shape[1], TILE):
@@ -70,7 +82,7 @@ class HessianAccumulator:
             raise ValueError("no calibration sequence reached this layer; give a calibration set that is not empty")
         hessian_II = self.sum_II.mul_(2 / self.num_sequences)
         if not bool(torch.isfinite(hessian_II.sum())):
-            raise ValueError("the calibration inputs of this layer are not finite; check the checkpoint for NaN")
+            raise not_finite(self.dtype)
         hessian_II.triu_()
         return hessian_II.add_(hessian_II.triu(1).T)
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quant.calibration.statistics import exact_products
+from quant.calibration.statistics import exact_products, not_finite
 from quant.calibration.streaming import BlockMethod, BlockRun, Call, LinearResult
 from quant.decoder import KEY, LINEAR_GROUPS, QUERY
 from quant.grids.affine import LinearState, fake_quantize, grouped, minmax_grid
@@ -63,7 +63,7 @@ class InputStatistics:
         self._abs_I += x_NI.abs().sum(0, dtype=torch.float64)
         self._num_tokens += len(x_NI)
         if not bool(self._abs_I.sum().isfinite()):
-            raise ValueError("the calibration inputs are not finite; check the checkpoint for NaN")
+            raise not_finite(x_NI.dtype)
 
     @property
     def mean_abs_I(self) -> Tensor:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from quant.calibration.statistics import not_finite
 from quant.calibration.streaming import Batch, BlockRun
 from quant.decoder import ATTENTION, DOWN, INPUT_SITES, MLP
 from quant.methods.options import FlatQuantOptions
@@ -73,7 +74,7 @@ def observe(run: BlockRun) -> tuple[list[Batch], dict[str, Tensor]]:
     if not max_inputs:
         raise ValueError("there are no calibration sequences; give a calibration set that is not empty")
     if not all(bool(max_I.isfinite().all()) for max_I in max_inputs.values()):
-        raise ValueError("the calibration inputs are not finite; check the checkpoint for NaN")
+        raise not_finite(next(run.block.parameters()).dtype)
     return targets, max_inputs
 
 

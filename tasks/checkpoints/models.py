@@ -20,32 +20,43 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant.grids.affine import CHECKPOINT_DTYPE, LinearState
 from quant.grids.scheme import ScaleMode, Scheme
 from quant.student.linear import QuantLinear, prepare, quantized_linears
 from quant.student.site_tensors import build_sites, folded_tensors, is_site_tensor, online_tensors, site_tensors
 from quant.student.sites import attach, decoder_layers
+from tasks.checkpoints.files import INDEX, read_header, read_json, refused, write_json
 from tasks.checkpoints.folders import (
-    INDEX,
+    CONFIG,
+    GENERATION_CONFIG,
     ONLINE_FILE,
     QAT_FOLDER,
     QUANT_METHOD,
     SCHEME_FILE,
     check_model_folder,
-    check_shard,
     copy_tokenizer,
-    quant_method,
-    read_json,
-    write_json,
+    read_model_folder,
+    read_scheme,
 )
+from tasks.checkpoints.skeleton import load_config, skeleton
+from tasks.checkpoints.tensors import CheckpointTensors, check_finite, is_finite, save_tensors
 from tasks.checkpoints.tokenizer import load_tokenizer
+from tasks.data.wording import listed
 from tasks.runtime.stage import StageError
 
-__all__ = ["check_model_folder", "copy_tokenizer", "load_model", "load_student", "load_tokenizer", "save_student"]
+__all__ = [
+    "check_model_folder",
+    "copy_tokenizer",
+    "load_model",
+    "load_student",
+    "load_tokenizer",
+    "read_scheme",
+    "save_student",
+]
 
 # The shard size that Hugging Face's own writers used for years; tools and file systems are at ease with it.
 MAX_SHARD_BYTES = 5 * 10**9
@@ -88,15 +99,6 @@ def load_student(
     return _on(model, device)
 
 
-def read_scheme(path: Path) -> tuple[Scheme, bool]:
-    """The scheme of a QAT checkpoint and whether its transforms are learned; StageError for a folder without `qat/`."""
-    file = path / QAT_FOLDER / SCHEME_FILE
-    if not file.is_file():
-        raise StageError(f"{path} is no QAT checkpoint (no {QAT_FOLDER}/{SCHEME_FILE}): make one with ptq_init first")
-    content = read_json(file)
-    return Scheme.from_dict(content["scheme"]), bool(content["learned_transforms"])
-
-
 def write_scheme(
     folder: Path, scheme: Scheme, learned_transforms: bool, online: Mapping[str, Tensor]
 ) -> dict[str, Any]:
@@ -107,14 +109,14 @@ def write_scheme(
     if scheme.weight_only and not online:
         return {}
     tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in online.items()}
-    save_file(tensors, folder / QAT_FOLDER / ONLINE_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, folder / QAT_FOLDER / ONLINE_FILE)
     return {"quantization_config": {"quant_method": QUANT_METHOD, **content}}
 
 
 def _load_plain(path: Path, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    if quant_method(check_model_folder(path)) == QUANT_METHOD:
-        del config.quantization_config
+    folder = read_model_folder(path)
+    config = load_config(folder)
+    skeleton(folder, config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -124,15 +126,21 @@ def _load_plain(path: Path, dtype: torch.dtype, attn_implementation: str) -> Pre
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, instead of a RuntimeError without details
     )
     model, report = loaded
     # transformers fills missing weights with random numbers and only warns.
-    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        details = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys[:3])}" for kind, keys in wrong.items() if keys)
-        raise StageError(f"the weights in {path} do not fit its config.json ({details}): fetch the checkpoint anew")
+    if left := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
+        raise refused(path, f"transformers did not load {listed(map(str, left))}", "fetch the checkpoint anew")
+    for name, parameter in model.named_parameters():
+        _check_loaded(name, parameter.detach(), path, dtype)
     return model
+
+
+def _check_loaded(name: str, tensor: Tensor, path: Path, dtype: torch.dtype) -> None:
+    if is_finite(tensor):
+        return
+    check_finite(name, CheckpointTensors(path).read([name])[name], path)
+    raise refused(path, f"{name} overflows in {str(dtype).removeprefix('torch.')}", "use bfloat16")
 
 
 @torch.no_grad()
@@ -148,16 +156,19 @@ def save_student(model: PreTrainedModel, source: Path, folder: Path, max_shard_b
     shards = _write_shards(plain, folder, "model", max_shard_bytes)
     if len(shards) > 1:
         write_json(folder / INDEX, _index(plain, shards))
-    config = read_json(source / "config.json")
+    config = read_json(source / CONFIG)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if bool(config.get("tie_word_embeddings")) != tied:
+        config["tie_word_embeddings"] = tied
     if linears:
         (folder / QAT_FOLDER).mkdir(exist_ok=True)
         _write_shards(latents, folder / QAT_FOLDER, "latent", max_shard_bytes)
         learned = any(linear.basis is not None for linear in linears.values())
         config |= write_scheme(folder, _common_scheme(linears), learned, online_tensors(model))
     config.pop("torch_dtype", None)  # the older name of the same field
-    write_json(folder / "config.json", config | {"dtype": str(CHECKPOINT_DTYPE).removeprefix("torch.")})
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    write_json(folder / CONFIG, config | {"dtype": str(CHECKPOINT_DTYPE).removeprefix("torch.")})
+    if (source / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source / GENERATION_CONFIG, folder / GENERATION_CONFIG)
     copy_tokenizer(source, folder)
 
 
@@ -218,7 +229,7 @@ def _write_shards(tensors: Mapping[str, _Lazy], folder: Path, stem: str, max_sha
     suffixes = [f"-{i:05d}-of-{len(shards):05d}" for i in range(1, len(shards) + 1)] if len(shards) > 1 else [""]
     files = {f"{stem}{suffix}.safetensors": names for suffix, names in zip(suffixes, shards, strict=True)}
     for file, names in files.items():
-        save_file({name: tensors[name].make() for name in names}, folder / file, metadata={"format": "pt"})
+        save_tensors({name: tensors[name].make() for name in names}, folder / file)
     return files
 
 
@@ -245,7 +256,7 @@ class _Latents(Mapping[str, LinearState]):
         for file in sorted(folder.glob("*.safetensors")):
             if file.name == ONLINE_FILE:
                 continue
-            self._file_of.update(dict.fromkeys(check_shard(file), file))
+            self._file_of.update(dict.fromkeys(read_header(file), file))
         self._names = [name.removesuffix(".scale") for name in self._file_of if name.endswith(".scale")]
         own = {f"{name}.{part}" for name in self._names for part in ("weight", "scale", "zero", "clip")}
         self.others = [name for name in self._file_of if name not in own and not is_site_tensor(name)]
@@ -258,7 +269,9 @@ class _Latents(Mapping[str, LinearState]):
         if name not in self._file_of:
             raise StageError(f"the QAT checkpoint lacks {name}: run the stage that made it again, or fetch it anew")
         with safe_open(self._file_of[name], framework="pt") as shard:
-            return shard.get_tensor(name)
+            tensor = shard.get_tensor(name)
+        check_finite(name, tensor, self._file_of[name])
+        return tensor
 
     def __getitem__(self, name: str) -> LinearState:
         if name not in self._names:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from quant.calibration.activations import Keep, in_memory, on_disk
 from quant.calibration.streaming import Batch, BlockMethod, Progress, quantize_blocks
 from quant.grids.scheme import Scheme
-from tasks.checkpoints.folders import check_model_folder, write_json
+from tasks.checkpoints.files import write_json
 from tasks.checkpoints.stream import CheckpointStream
 from tasks.runtime.stage import Context, StageError
 
@@ -31,7 +31,6 @@ def quantize_checkpoint(
 
     Raises StageError, or ValueError of the method, for what does not fit.
     """
-    check_model_folder(base)
     stream = CheckpointStream(base, context.scratch, scheme, context.device, method.rewrite)
     keep = on_disk(context.scratch / "activations") if activations_on_disk else in_memory
     batches = _batches(calibration, stream, batch_size, keep) if method.needs_calibration else []

@@ -9,17 +9,16 @@ Dimensions: N sequences, B sequences of a batch, T tokens, H hidden size.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from artifacts import scratch as midstage
 from quant.calibration.activations import Keep, in_memory
@@ -31,43 +30,20 @@ from quant.student.site_tensors import build_sites, is_site_tensor, online_tenso
 from quant.student.sites import attach, quantizers
 from quant.student.targets import check_group_size
 from quant.transforms.rewrite import RewriteFactory
+from tasks.checkpoints.files import INDEX, read_header, read_json, refused, write_json
 from tasks.checkpoints.folders import (
-    INDEX,
+    CONFIG,
+    GENERATION_CONFIG,
     ONLINE_FILE,
-    check_shard,
+    QAT_FOLDER,
     copy_tokenizer,
-    read_json,
-    weight_files,
-    write_json,
+    read_model_folder,
 )
-from tasks.checkpoints.models import QAT_FOLDER, write_scheme
-from tasks.runtime.stage import StageError
+from tasks.checkpoints.models import write_scheme
+from tasks.checkpoints.skeleton import load_config, skeleton
+from tasks.checkpoints.tensors import CheckpointTensors, save_tensors
 
 WEIGHTS_FILE, LATENTS_FILE, REPORT_FILE = "weights.safetensors", "latents.safetensors", "report.json"
-
-
-class CheckpointTensors:
-    """The tensors of a checkpoint folder by name, over all its shards; read when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._shard_of: dict[str, str] = {}
-        for shard in weight_files(folder):
-            self._shard_of.update(dict.fromkeys(check_shard(folder / shard), shard))
-
-    def names(self) -> list[str]:
-        return sorted(self._shard_of)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors as stored; StageError names those that the checkpoint lacks."""
-        names = list(names)
-        if missing := [name for name in names if name not in self._shard_of]:
-            raise StageError(f"{self.folder} lacks the weights {', '.join(missing[:3])}: fetch the checkpoint anew")
-        tensors = {}
-        for shard in sorted({self._shard_of[name] for name in names}):
-            with safe_open(self.folder / shard, framework="pt") as file:
-                tensors.update({name: file.get_tensor(name) for name in names if self._shard_of[name] == shard})
-        return tensors
 
 
 class CheckpointStream:
@@ -80,12 +56,15 @@ class CheckpointStream:
         self, base: Path, scratch: Path, scheme: Scheme, device: str, rewrite: RewriteFactory | None = None
     ) -> None:
         self.base, self.scratch, self.scheme, self.device = base, scratch, scheme, device
+        folder = read_model_folder(base)
+        if folder.is_quantized:
+            raise refused(base, "it is quantized already", "give the full-precision checkpoint it was made from")
         self.tensors = CheckpointTensors(base)
-        self.config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        self.dtype: torch.dtype = self.config.dtype or CHECKPOINT_DTYPE
+        self.config = load_config(folder)
+        self.dtype: torch.dtype = getattr(torch, folder.dtype)
+        model = skeleton(folder, self.config)
         self.rewrite = None if rewrite is None else rewrite(DecoderShape.from_config(self.config.to_dict()), scheme)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
+        self.head = HEAD if folder.has_own_head else EMBEDDING
         check_group_size(model, scheme)
         self.inner = model.model.eval()
         self._blocks = list(self.inner.layers)
@@ -154,9 +133,9 @@ class CheckpointStream:
                 latents[f"{prefix}{name}.clip"] = state.clip.float().cpu()
         online = {f"{prefix}{name}": tensor.cpu() for name, tensor in online_tensors(block).items()}
         with midstage.writing(self._folder(index)) as folder:
-            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            save_file(latents, folder / LATENTS_FILE, metadata={"format": "pt"})
-            save_file(online, folder / ONLINE_FILE, metadata={"format": "pt"})
+            save_tensors(weights, folder / WEIGHTS_FILE)
+            save_tensors(latents, folder / LATENTS_FILE)
+            save_tensors(online, folder / ONLINE_FILE)
             write_json(folder / REPORT_FILE, {f"{prefix}{name}": result.report for name, result in results.items()})
 
     def report(self) -> dict[str, dict[str, float | int]]:
@@ -172,19 +151,20 @@ class CheckpointStream:
         for index in range(self.num_blocks):
             online |= load_file(self._folder(index) / ONLINE_FILE)
         more_config = write_scheme(output, self.scheme, learned_transforms, online)
-        more_config |= {} if self.rewrite is None else {"tie_word_embeddings": False}
+        if self.rewrite is not None or (self.config.tie_word_embeddings and not self.tensors.are_tied()):
+            more_config |= {"tie_word_embeddings": False}
         qat = output / QAT_FOLDER
         num_shards = self.num_blocks + 1
         shards = [f"model-{i:05d}-of-{num_shards:05d}.safetensors" for i in range(1, num_shards + 1)]
         of_blocks = tuple(self._prefix(index) for index in range(self.num_blocks))
-        save_file(self._around_blocks(of_blocks), output / shards[0], metadata={"format": "pt"})
+        save_tensors(self._around_blocks(of_blocks), output / shards[0])
         for index, shard in enumerate(shards[1:]):
             _link(self._folder(index) / WEIGHTS_FILE, output / shard)
             _link(self._folder(index) / LATENTS_FILE, qat / f"block-{index:05d}.safetensors")
         write_json(output / INDEX, _index(output, shards))
-        write_json(output / "config.json", read_json(self.base / "config.json") | more_config)
-        if (self.base / "generation_config.json").is_file():
-            shutil.copyfile(self.base / "generation_config.json", output / "generation_config.json")
+        write_json(output / CONFIG, read_json(self.base / CONFIG) | more_config)
+        if (self.base / GENERATION_CONFIG).is_file():
+            shutil.copyfile(self.base / GENERATION_CONFIG, output / GENERATION_CONFIG)
         copy_tokenizer(self.base, output)
 
     def _embedding(self) -> Tensor:
@@ -195,9 +175,8 @@ class CheckpointStream:
         """The tensors of no block: embeddings, final norm, head."""
         tensors = self.tensors.read(name for name in self.tensors.names() if not name.startswith(of_blocks))
         if self.rewrite is not None:
-            head = EMBEDDING if self.config.tie_word_embeddings else HEAD
-            before = self.tensors.read([head, FINAL_NORM])
-            tensors[HEAD], tensors[FINAL_NORM] = self.rewrite.head(before[head], before[FINAL_NORM])
+            before = self.tensors.read([self.head, FINAL_NORM])
+            tensors[HEAD], tensors[FINAL_NORM] = self.rewrite.head(before[self.head], before[FINAL_NORM])
             tensors[EMBEDDING] = self._embedding()
         return tensors
 
@@ -235,17 +214,12 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _index(folder: Path, shards: list[str]) -> dict[str, Any]:
-    weight_map: dict[str, str] = {}
-    num_parameters = num_bytes = 0
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                tensor = file.get_tensor(name)
-                weight_map[name] = shard
-                num_parameters += tensor.numel()
-                num_bytes += tensor.numel() * tensor.element_size()
-    totals = {"total_parameters": num_parameters, "total_size": num_bytes}
-    return {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
+    infos = [info for shard in shards for info in read_header(folder / shard).items()]
+    totals = {
+        "total_parameters": sum(math.prod(info.shape) for _, info in infos),
+        "total_size": sum(math.prod(info.shape) * info.value_bytes for _, info in infos),
+    }
+    return {"metadata": totals, "weight_map": dict(sorted((name, info.shard) for name, info in infos))}
 
 
 def _link(source: Path, target: Path) -> None:

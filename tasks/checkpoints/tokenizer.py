@@ -6,15 +6,16 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tasks.runtime.stage import StageError
+from tasks.checkpoints.files import FETCH, refused
+from tasks.data.wording import first_line
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; one without padding token pads with its EOS, which every attention mask here hides."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise StageError(f"cannot read the tokenizer in {path}: {error}") from error
+    except Exception as error:  # whatever a library makes of a user's file is that file's fault
+        raise refused(path, f"transformers cannot read its tokenizer ({first_line(error)})", FETCH) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -169,7 +169,7 @@ def _check_code(run: StageRun) -> None:
 def _run_body(run: StageRun, store: Store, output: Path, scratch: Path, progress: Progress) -> Metrics:
     inputs = {name: store.path(ref) for name, ref in run.inputs.items()}
     digests = {name: ref.digest for name, ref in run.inputs.items()}
-    context = Context(output, scratch, run.device, progress, digests)
+    context = Context(output, scratch, run.device, progress, digests, run.source_digest)
     return run.stage(run.config, context, **inputs)
 
 

@@ -53,6 +53,8 @@ class Context:
     sink: ProgressSink | None = None
     input_digests: Mapping[str, str] = field(default_factory=dict)
     """Content digest of each input artifact, for provenance."""
+    source_digest: str | None = None
+    """What `Stage.source_digest` gave when the key was made: what is read from outside the store must still be that."""
 
     @property
     def telemetry(self) -> Path:

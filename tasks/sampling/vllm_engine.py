@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from quant.student.site_tensors import folded_tensors, online_tensors
 from quant.student.sites import quantizers, quantizers_disabled
-from tasks.checkpoints.folders import QUANT_METHOD, quant_method, read_json
+from tasks.checkpoints.files import read_json
+from tasks.checkpoints.folders import QUANT_METHOD, quant_method
 from tasks.checkpoints.models import read_scheme, write_scheme
 from tasks.runtime.stage import StageError
 from tasks.sampling.canary import canary_prompt, check_canary

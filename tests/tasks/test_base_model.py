@@ -1,8 +1,13 @@
 """The base_model stage: which files come in, from where, and what is said when they cannot."""
 
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 import tasks.base_model
 from tasks.base_model import BaseModelConfig, base_model, source_digest
@@ -12,10 +17,11 @@ from tasks.runtime.stage import Context, StageError
 
 @pytest.fixture
 def run(tmp_path):
-    def run(**options):
+    def run(source_digest=None, **options):
         output = tmp_path / "output"
+        shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
-        return output, base_model(BaseModelConfig(**options), Context(output, tmp_path))
+        return output, base_model(BaseModelConfig(**options), Context(output, tmp_path, source_digest=source_digest))
 
     return run
 
@@ -51,40 +57,98 @@ def test_digest_follows_the_model_files_only(make_model_folder):
     assert source_digest(BaseModelConfig(model=str(second))) != digest
 
 
-def test_hub_model_is_fetched_at_its_revision(make_model_folder, monkeypatch, run):
-    source = make_model_folder("llama", name="0123abcd")
-    calls = []
+COMMIT, OTHER = "0123abcd" * 5, "89ef" * 10
 
-    def download(model, **options):
-        calls.append((model, options))
-        return str(source)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    output, metrics = run(model="Qwen/Qwen3-0.6B", revision="main")
-    assert metrics["revision"] == "0123abcd" and (output / "model.safetensors").is_file()
-    ((model, options),) = calls
-    assert model == "Qwen/Qwen3-0.6B" and options["revision"] == "main"
+class Hub:
+    """A hub whose branches move; without a network unless `commits` are given."""
+
+    def __init__(self, monkeypatch, folder: Path | None = None, commits: dict[str | None, str] | None = None) -> None:
+        self.folder, self.commits = folder, commits or {}
+        self.asked: list[str | None] = []
+        self.fetched: list[tuple[str, dict]] = []
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def model_info(self, model: str, revision: str | None = None) -> SimpleNamespace:
+        self.asked.append(revision)
+        if revision not in self.commits:
+            raise OfflineModeIsEnabled("Cannot reach https://huggingface.co: offline mode is enabled.")
+        return SimpleNamespace(sha=self.commits[revision])
+
+    def download(self, model: str, **options) -> str:
+        self.fetched.append((model, options))
+        if self.folder is None:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub")
+        return str(self.folder)
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path, monkeypatch):
+    """An empty one."""
+    cached = partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    return tmp_path / "hub"
+
+
+def test_a_hub_model_is_its_commit_whatever_it_was_asked_by(monkeypatch):
+    hub = Hub(monkeypatch, commits={None: COMMIT, "main": COMMIT, "v2": OTHER})
+    asked = (None, "main", COMMIT, "v2")
+    digests = [source_digest(BaseModelConfig(model="Qwen/Qwen3-0.6B", revision=revision)) for revision in asked]
+    assert digests == [COMMIT, COMMIT, COMMIT, OTHER]
+    assert hub.asked == [None, "main", "v2"], "a commit needs no network"
+    assert {"model", "revision"} <= set(BaseModelConfig.location_fields), "the commit stands for them in the key"
+
+
+def test_the_stage_fetches_the_commit_of_the_key(make_model_folder, monkeypatch, run):
+    hub = Hub(monkeypatch, make_model_folder("llama"), {"main": OTHER})  # main has moved since the key was made
+    output, metrics = run(source_digest=COMMIT, model="Qwen/Qwen3-0.6B", revision="main")
+    assert metrics["revision"] == COMMIT and (output / "model.safetensors").is_file()
+    ((model, options),) = hub.fetched
+    assert model == "Qwen/Qwen3-0.6B" and options["revision"] == COMMIT and not hub.asked
     assert "*.safetensors" in options["allow_patterns"]
     assert not any(".bin" in p or p == "*" for p in options["allow_patterns"])
 
 
-def test_hub_digest_names_the_revision():
-    digests = {source_digest(BaseModelConfig(model="Qwen/Qwen3-0.6B", revision=r)) for r in (None, "main", "abc")}
-    assert len(digests) == 3
+def test_without_a_network_the_local_cache_knows_the_commit(monkeypatch, hub_cache):
+    Hub(monkeypatch)
+    repository = hub_cache / "models--Qwen--Qwen3-0.6B"
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    (repository / "snapshots" / COMMIT / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    assert source_digest(BaseModelConfig(model="Qwen/Qwen3-0.6B")) == COMMIT
+
+
+@pytest.mark.parametrize("revision", [None, "main", "abc123", "v" * 500])
+def test_a_hub_model_that_no_commit_is_known_of_is_refused(monkeypatch, revision):
+    Hub(monkeypatch)
+    with pytest.raises(StageError, match=r"Qwen/Qwen3-4B.*revision=<40 digits>.*--set base_model\.model=PATH") as error:
+        source_digest(BaseModelConfig(model="Qwen/Qwen3-4B", revision=revision))
+    assert len(str(error.value)) <= 300
 
 
 def test_offline_names_the_model_and_the_remedy(monkeypatch, run):
-    def offline(*args, **options):
-        raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(StageError, match=r"Qwen/Qwen3-4B.*--set base_model\.model=PATH"):
-        run(model="Qwen/Qwen3-4B")
+    Hub(monkeypatch)
+    with pytest.raises(StageError, match=r"Qwen/Qwen3-4B.*--set base_model\.model=PATH") as error:
+        run(model="Qwen/Qwen3-4B", revision=COMMIT)
+    assert len(str(error.value)) <= 300
 
 
-@pytest.mark.parametrize("model", ["/absent/model", "./absent", "a/b/c", "~/absent"])
+def test_a_folder_that_changes_before_it_is_copied_is_refused(make_model_folder, run):
+    source = make_model_folder("llama")
+    digest = source_digest(BaseModelConfig(model=str(source)))
+    run(source_digest=digest, model=str(source))
+    (source / "generation_config.json").write_text("{}")
+    with pytest.raises(StageError, match="changed while they were copied"):
+        run(source_digest=digest, model=str(source))
+
+
+@pytest.mark.parametrize(
+    "model", ["/absent/model", "./absent", "a/b/c", "~/absent", "~nobody-here/x", "x" * 5000 + "/a/b"]
+)
 def test_missing_path_is_no_hub_id(model):
-    with pytest.raises(StageError, match=f"no model folder at {model}"):
+    with pytest.raises(StageError, match=f"no model folder at {model[:100]}"):
         source_digest(BaseModelConfig(model=model))
 
 

@@ -18,9 +18,10 @@ from artifacts.store import Store, StoreError
 from flows.config import ConfigError
 from flows.graph import build_graph, check_stage_names
 from flows.recipes import RECIPES, configured
-from flows.server import ServerError
+from flows.server import ServerError, ServerLost
 from flows.stage_runs import check_request
 from flows.terminal import console, errors
+from tasks.runtime.processes import Terminated, raising_terminated
 from tasks.runtime.stage import StageError
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 1, 130, 143
 
 
 def recipe_names() -> list[str]:
@@ -55,19 +56,29 @@ Checkpoint = Annotated[
 def clear_errors() -> Iterator[None]:
     """One message with the remedy instead of a traceback for everything a user can mend."""
     try:
-        yield
-    except KeyboardInterrupt:
-        errors.print("\ninterrupted; the same command resumes from the last checkpoint", style="yellow")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        with raising_terminated():
+            yield
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        happened = "stopped" if terminated else "interrupted"
+        errors.print(f"\n{happened}; the same command resumes from the last checkpoint", style="yellow")
+        raise typer.Exit(EXIT_TERMINATED if terminated else EXIT_INTERRUPTED) from None
     except ConfigError as error:
         _fail(error, EXIT_BAD_INPUT)
+    except ServerLost as error:
+        _tell(error)
+        os._exit(EXIT_FAILED)
     except (StoreError, ServerError, StageError) as error:
         _fail(error, EXIT_FAILED)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _tell(error: Exception) -> None:
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
     errors.print(f"[bold red]error:[/] {escape(str(error) + notes)}", highlight=False)
+
+
+def _fail(error: Exception, code: int) -> None:
+    _tell(error)
     raise typer.Exit(code) from error
 
 
@@ -92,7 +103,7 @@ def run(
     with clear_errors():
         with server() as ready:
             check_request(recipe, sets, branch, checkpoint, [*force, *([until] if until else [])])
-            errors.print(f"[dim]Prefect UI of this run: {ready().removesuffix('/api')}[/]", highlight=False)
+            errors.print(f"[dim]Prefect UI of this run: {escape(ready())}[/]", highlight=False, soft_wrap=True)
             from flows.reasoning_qat import reasoning_qat
 
             report = reasoning_qat(
@@ -238,7 +249,7 @@ def compare(
 
 @app.command()
 def serve(
-    port: Annotated[int, typer.Option(help="Port on loopback.")] = 4200,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on loopback.")] = 4200,
 ) -> None:
     """Start the Prefect server, a work pool, the deployments and a worker on loopback, until Ctrl-C."""
     from flows.serve import serve as serve_forever

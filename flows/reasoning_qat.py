@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -16,6 +18,7 @@ from artifacts.store import Store
 from flows.config import RunConfig, nearest
 from flows.display import RunDisplay
 from flows.graph import STAGE_NAMES, Graph, build_graph, check_stage_names, evaluation_roles
+from flows.prefect_process import end_with_parent
 from flows.publish import publish_lineage, publish_report
 from flows.recipes import RECIPES, configured
 from flows.reporting import report_run
@@ -68,6 +71,8 @@ def reasoning_qat(
         checkpoint: evaluate the checkpoint with this digest instead of the branches
         jobs: stages at a time; by default 1 on a GPU and the number of cores on a CPU
     """
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # a process of a Prefect worker's: a killed worker leaves no stage behind
+        end_with_parent(os.getppid(), signal.SIGTERM)
     run = configured(recipe, overrides, branches, checkpoint)
     graph = build_graph(run, until)
     with_report = until in (None, "report") and any(map(evaluation_roles, graph.roles.values()))

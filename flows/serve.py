@@ -2,38 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import urllib.request
+from pathlib import Path
 
+import psutil
 from rich.console import Console
+from rich.markup import escape
 
-from flows.server import REPOSITORY, ServerError, end_with_parent, own_server, stop
+from flows.access import REPOSITORY, Access, AccessFile
+from flows.server import HOST, ServerError, own_server, page
 
 POOL = "local"
+STOP_SECONDS = 6.0
+"""For flow runs to stop their stages and tell the server so."""
+WORKER_STOP_SECONDS = 1.0
 
 
 def serve(port: int, console: Console) -> None:
-    """Run until Ctrl-C.  Raises ServerError when a step fails."""
-    with own_server(port) as ready:
-        url = ready()
-        environment = {**os.environ, "PREFECT_API_URL": url, "REASONING_QAT_HOME": str(REPOSITORY)}
-        environment.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)  # a worker tells what it does
-        _prefect(environment, "work-pool", "create", POOL, "--type", "process", "--overwrite")
-        _prefect(environment, "--no-prompt", "deploy", "--all")
-        console.print(f"Prefect UI: {url.removesuffix('/api')}   (Ctrl-C ends server and worker)")
-        console.print("in another terminal: prefect deployment run reasoning-qat/full --watch")
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "local"],
-            env=environment,
-            cwd=REPOSITORY,
-            preexec_fn=end_with_parent,
-        )
-        try:
-            if code := worker.wait():
-                raise ServerError(f"the worker ended with exit code {code}")
-        finally:
-            stop(worker)
+    """Run until Ctrl-C or SIGTERM.  Raises ServerError when a step fails, or another `serve` is up."""
+    file = AccessFile()
+    proxied = bool(urllib.request.getproxies()) and not urllib.request.proxy_bypass(HOST)
+    with file.serving() as free:
+        if not free:
+            running = file.read()
+            where = f"at {page(running.url)}" if running else "and has not written its address yet"
+            raise ServerError(f"`reasoning-qat serve` is up in this folder already, {where}; end it first")
+        with own_server(port, file.password()) as (ready, access):
+            ready()
+            environment = {**os.environ, "REASONING_QAT_HOME": str(REPOSITORY)}
+            environment.pop("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", None)  # a worker tells what it does
+            _prefect(environment, "work-pool", "create", POOL, "--type", "process", "--overwrite")
+            _prefect(environment, "--no-prompt", "deploy", "--all")
+            file.write(access)
+            _tell(access, file, console, proxied)
+            _work(environment)
+
+
+def _tell(access: Access, file: AccessFile, console: Console, proxied: bool) -> None:
+    own = Path(sys.executable).with_name("prefect")
+    inside = own.is_relative_to(REPOSITORY)
+    typed = "prefect" if shutil.which("prefect") == str(own) else str(own.relative_to(REPOSITORY) if inside else own)
+    if proxied:
+        typed = f"no_proxy={HOST} {typed}"
+    console.print(
+        f"Prefect UI: {page(access.url)}   (Ctrl-C ends server and worker)\n"
+        f"its password: {escape(access.password)}   (kept in {file.path.relative_to(REPOSITORY)})\n"
+        f"in another terminal, in {escape(str(REPOSITORY))}: {typed} deployment run reasoning-qat/full --watch",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _work(environment: dict[str, str]) -> None:
+    """Run a worker until it ends; an exception that comes meanwhile ends it and its flow runs."""
+    command = ["-m", "flows.prefect_process", str(os.getpid()), "worker", "start", "--pool", POOL, "--name", "local"]
+    worker = subprocess.Popen(
+        [sys.executable, *command], env=environment, cwd=REPOSITORY, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        raise ServerError(f"the worker ended with exit code {worker.wait()}")
+    finally:
+        _stop(psutil.Process(worker.pid) if worker.poll() is None else None)
+        worker.wait()
+
+
+def _stop(worker: psutil.Process | None) -> None:
+    """Flow runs first, while the worker and the server still hear of it."""
+    if worker is None:
+        return
+    flow_runs, family = worker.children(), worker.children(recursive=True)
+    for group, seconds in ((flow_runs, STOP_SECONDS), ([worker], WORKER_STOP_SECONDS)):
+        for process in group:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(group, timeout=seconds)
+    for process in [*family, worker]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _prefect(environment: dict[str, str], *arguments: str) -> None:

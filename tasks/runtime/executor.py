@@ -20,7 +20,7 @@ from tasks.runtime.progress import LOG_FILE, progress_file, read_progress
 from tasks.runtime.stage import StageError
 
 POLL_SECONDS = 0.5
-STOP_SECONDS = 5.0
+STOP_SECONDS = 4.0
 """For a stage to save its state when the run is stopped; then it is killed."""
 
 OnProgress = Callable[[dict[str, Any]], None]

@@ -44,26 +44,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("PREFECT_HOME", str(home))
         patch.setenv("REASONING_QAT_STORE", str(home / "store"))
         patch.delenv("PREFECT_API_URL", raising=False)
-        with own_server(_port()) as ready:
+        with own_server() as (ready, _):
             yield ready()
 
 
-def _port() -> int:
-    from flows.server import _free_port
+def as_client(server: str) -> Any:
+    """Prefect has read its settings before the server was there."""
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-    return _free_port()
+    return temporary_settings({PREFECT_API_URL: server, PREFECT_API_AUTH_STRING: os.environ["PREFECT_API_AUTH_STRING"]})
 
 
 def run(server: str, **parameters: Any) -> tuple[Any, Counter[tuple[str, str]], dict[str, str]]:
     """Run the flow; returns its result, how often (stage, state) occurred, and the state name by task-run name."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.reasoning_qat import reasoning_qat
 
     parameters = {"recipe": "tiny_w2g128", "overrides": SMALL, "jobs": 1, **parameters}
-    with temporary_settings({PREFECT_API_URL: server}):
+    with as_client(server):
         state = reasoning_qat(**parameters, return_state=True)
 
         async def task_runs() -> list[Any]:
@@ -177,10 +177,10 @@ def test_plan_says_hit_miss_and_why(server: str, first: Any) -> None:
 
 
 def test_artifacts_in_the_ui_for_cached_runs_too(server: str, first: Any) -> None:
-    import httpx
+    from prefect.client.orchestration import get_client
 
-    found = httpx.post(f"{server}/artifacts/filter", json={}).json()
-    kinds = Counter((a["key"], a["type"]) for a in found if a["key"])
+    with as_client(server), get_client(sync_client=True) as client:
+        kinds = Counter((artifact.key, artifact.type) for artifact in client.read_artifacts() if artifact.key)
     assert kinds["tiny-w2g128-accuracy", "table"] >= 2, "one for each run, the cached one included"
     assert kinds["tiny-w2g128-stages", "table"] >= 2
     assert any(kind == "image" for _, kind in kinds)

@@ -14,7 +14,7 @@ from typing import Any
 from artifacts import syntax
 from artifacts.syntax import Function, References
 
-FIRST_PARTY = ("flows", "tasks", "quant", "artifacts")
+FIRST_PARTY = ("flows", "tasks", "quant", "artifacts", "reasoning_qat")
 _CONSTRUCTORS = frozenset({"__init__", "__new__", "__post_init__", "model_post_init"})
 
 

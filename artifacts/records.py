@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,15 @@ from artifacts.refs import Ref
 FORMAT = 2
 FORMAT_WITHOUT_CHECKSUM = 1  # read, not written
 PAYLOAD_FIELDS = ("stage", "version", "code", "config", "inputs")
+OPTIONAL_FIELDS = ("packages",)
 LONGEST_VALUE = 60  # characters of a value shown in a difference
 
+Definitions = Mapping[str, Mapping[str, str]]
+"""What a stage's code consists of: by file and definition the beginning of its digest (`artifacts.code`)."""
+
 _ABSENT = object()
+_CHECKSUM = b'"sha256": "'
+_NO_CHECKSUM = b"0" * 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,11 @@ class Record:
     def stage(self) -> str:
         return str(self.payload["stage"])
 
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """What the payload says, flat, for `nearest`."""
+        return _facts(self.payload)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON data; a number that is not finite becomes null, what JSON does not know becomes text."""
         return {
@@ -50,20 +62,21 @@ class Record:
         }
 
     def to_json(self) -> bytes:
-        """The record's file: its data and their checksum."""
-        data = self.to_dict()
-        return json.dumps({**data, "sha256": _checksum(data)}, indent=1).encode() + b"\n"
+        """The record's file: its data, and the checksum of the file with zeros in the checksum's place."""
+        text = json.dumps({**self.to_dict(), "sha256": _NO_CHECKSUM.decode()}, indent=1).encode() + b"\n"
+        return _with_checksum(text, hashlib.sha256(text).hexdigest().encode())
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
         """Raises ValueError if `text` is damaged or is not a record."""
         try:
             data = json.loads(text)
-            expected = data.pop("sha256", None)
-            if (expected or data.get("format") != FORMAT_WITHOUT_CHECKSUM) and expected != _checksum(data):
+            expected = data.get("sha256")
+            has_none = expected is None and data.get("format") == FORMAT_WITHOUT_CHECKSUM
+            if not has_none and hashlib.sha256(_with_checksum(text, _NO_CHECKSUM)).hexdigest() != expected:
                 raise ValueError("it does not have its checksum")
             payload, provenance = data["payload"], data["provenance"]
-            if not (isinstance(provenance, dict) and set(PAYLOAD_FIELDS) == set(payload)):
+            if not (isinstance(provenance, dict) and is_payload(payload)):
                 raise ValueError("fields missing")
             telemetry = Ref.parse(data["telemetry"]) if data.get("telemetry") else None
             return cls(str(data["key"]), payload, Ref.parse(data["ref"]), provenance, str(data["created"]), telemetry)
@@ -71,8 +84,14 @@ class Record:
             raise ValueError(f"not a record: {error!r}") from error
 
 
-def _checksum(data: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def is_payload(fields: Collection[str]) -> bool:
+    """Whether these are the fields of a key's payload."""
+    return set(PAYLOAD_FIELDS) <= set(fields) <= {*PAYLOAD_FIELDS, *OPTIONAL_FIELDS}
+
+
+def _with_checksum(text: bytes, checksum: bytes) -> bytes:
+    start = text.rfind(_CHECKSUM) + len(_CHECKSUM)
+    return text[:start] + checksum + text[start + len(checksum) :]
 
 
 def _json_data(value: Any) -> Any:
@@ -89,24 +108,31 @@ def _json_data(value: Any) -> Any:
     return str(value)
 
 
-def nearest(payload: dict[str, Any], records: Iterable[Record]) -> tuple[Record, list[str]] | None:
+def nearest(payload: dict[str, Any], records: Iterable[Record]) -> Record | None:
     """The record of the same stage with the fewest differences, the newest of equals; None if none."""
+    wanted = _facts(payload)
     same_stage = [record for record in records if record.stage == payload["stage"]]
-    if not same_stage:
-        return None
-    by_age = sorted(same_stage, key=lambda record: record.created, reverse=True)
-    compared = ((record, differences(record.payload, payload)) for record in by_age)
-    return min(compared, key=lambda pair: len(pair[1]))
+    return min(
+        sorted(same_stage, key=lambda record: record.created, reverse=True),
+        key=lambda record: len(wanted.keys() | record.facts.keys()) - len(wanted.items() & record.facts.items()),
+        default=None,
+    )
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Why `new` has another key than `old`: "config.seed 1 -> 2", "input student changed", "code changed"."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], old_code: Definitions | None = None, new_code: Definitions | None = None
+) -> list[str]:
+    """Why `new` has another key than `old`: "config.seed 1 -> 2", "input student changed", "torch 2.7 -> 2.8".
+
+    With the definitions of both codes, which of them changed.
+    """
     found = []
     if old["version"] != new["version"]:
         found.append(f"version {old['version']} -> {new['version']}")
     if old["code"] != new["code"]:
-        found.append("code changed")
-    found.extend(_config_differences(old["config"], new["config"]))
+        found.append(code_difference(old_code or {}, new_code or {}))
+    found.extend(_named_differences(old.get("packages", {}), new.get("packages", {}), "package "))
+    found.extend(_named_differences(dict(_flatten(old["config"], "config")), dict(_flatten(new["config"], "config"))))
     for name in sorted({*old["inputs"], *new["inputs"]}):
         if name not in old["inputs"]:
             found.append(f"input {name} added")
@@ -117,16 +143,39 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def _config_differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    before, after = dict(_flatten(old, "config")), dict(_flatten(new, "config"))
+def code_difference(old: Definitions, new: Definitions) -> str:
+    """Such as "code: quant/methods/gptq.py function solve changed, and 2 more"; "code changed" if no more is known."""
+    before = {(path, label): value for path, labels in old.items() for label, value in labels.items()}
+    after = {(path, label): value for path, labels in new.items() for label, value in labels.items()}
+    if not before or not after or before == after:
+        return "code changed"
+    changed = [(place, "changed") for place in before.keys() & after.keys() if before[place] != after[place]]
+    moved = [(place, "removed") for place in before.keys() - after.keys()]
+    moved += [(place, "added") for place in after.keys() - before.keys()]
+    ((path, label), what), *more = sorted(changed, key=_telling) + sorted(moved, key=_telling)
+    return f"code: {path} {label} {what}" + (f", and {len(more)} more" if more else "")
+
+
+def _telling(found: tuple[tuple[str, str], str]) -> tuple[bool, tuple[str, str]]:
+    """Functions, classes and constants before imports."""
+    return found[0][1].startswith("import"), found[0]
+
+
+def _named_differences(before: dict[str, Any], after: dict[str, Any], what: str = "") -> Iterator[str]:
     for name in sorted({*before, *after}):
         was, now = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        name = what + name
         if was is _ABSENT:
             yield f"{name} added ({_shown(now)})"
         elif now is _ABSENT:
             yield f"{name} removed (was {_shown(was)})"
         elif canonical(was) != canonical(now):  # 1, 1.0 and True are different keys
             yield f"{name} {_shown(was)} -> {_shown(now)}"
+
+
+def _facts(payload: dict[str, Any]) -> dict[str, str]:
+    """What a payload says, flat, each as comparable text: 1, 1.0 and True differ."""
+    return {name: f"{type(value).__name__} {value!r}" for name, value in _flatten(payload, "")}
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:

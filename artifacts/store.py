@@ -7,6 +7,7 @@ aside, so that its stage runs again.
 
 objects/<kind>/<digest>/   an artifact: its files and MANIFEST.json, read-only
 records/<key>.json         which artifact a stage run gave, with its whole key payload and provenance
+code/<digest>.json         the definitions that the code of a payload consists of
 ledger.jsonl               append-only history
 tmp/.tmp-*                 being written; removed once its owner is dead
 work/<key>/                mid-stage state, kept for resuming
@@ -17,6 +18,7 @@ quarantine/                damaged artifacts and records, <digest>-<n>; nothing 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -30,11 +32,11 @@ from artifacts.files import flush, move_aside
 from artifacts.keys import REPOSITORY, digest
 from artifacts.ledger import Ledger, now
 from artifacts.locks import FileLock, Owner
-from artifacts.records import Record
+from artifacts.records import Definitions, Record
 from artifacts.refs import DIGEST, KIND, Ref
 from artifacts.temporary import TemporaryFolders
 
-FOLDERS = ("objects", "records", "tmp", "locks", "work", "quarantine")
+FOLDERS = ("objects", "records", "code", "tmp", "locks", "work", "quarantine")
 TELEMETRY_KIND = "telemetry"
 MOST_CANDIDATES = 8  # shown when a prefix is ambiguous
 
@@ -57,8 +59,8 @@ class Store:
             self._temporary.remove_stale()
 
     def key(self, payload: dict[str, Any]) -> str:
-        """sha256 of the payload {stage, version, code, config, inputs}; ValueError for other fields."""
-        if set(payload) != set(records.PAYLOAD_FIELDS):
+        """sha256 of the payload {stage, version, code, config, inputs, maybe packages}; ValueError for other fields."""
+        if not records.is_payload(payload):
             raise ValueError(f"a key payload has the fields {records.PAYLOAD_FIELDS}, not {tuple(payload)}")
         return digest(payload)
 
@@ -110,9 +112,36 @@ class Store:
         readable = [record for _, record in seen.values() if record is not None]
         return iter(sorted(readable, key=lambda record: (record.created, record.key)))
 
-    def nearest(self, payload: dict[str, Any]) -> tuple[Record, list[str]] | None:
-        """The record of the same stage that differs least, and the differences in words; None if none."""
-        return records.nearest(payload, self.records())
+    def nearest(self, payload: dict[str, Any], code: Definitions | None = None) -> tuple[Record, list[str]] | None:
+        """The record of the same stage that differs least, and the differences in words; None if none.
+
+        With the definitions of the payload's code, those that differ are named.
+        """
+        record = records.nearest(payload, self.records())
+        if record is None:
+            return None
+        return record, records.differences(record.payload, payload, self.definitions(record.payload["code"]), code)
+
+    def keep_definitions(self, code: str, definitions: Definitions) -> None:
+        """Keep what a payload's code consists of, so that a later difference can name it."""
+        target = self.root / "code" / f"{_checked(code)}.json"
+        if target.exists():
+            return
+        folder = self.new_folder()
+        try:
+            (folder / target.name).write_text(json.dumps({path: dict(found) for path, found in definitions.items()}))
+            os.replace(folder / target.name, target)
+        finally:
+            self.discard(folder)
+
+    def definitions(self, code: str) -> Definitions | None:
+        """What `keep_definitions` kept; None if it did not, or it cannot be read."""
+        try:
+            found = json.loads((self.root / "code" / f"{code}.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        whole = isinstance(found, dict) and all(isinstance(labels, dict) for labels in found.values())
+        return found if whole else None
 
     def new_folder(self) -> Path:
         """An empty folder to write an artifact into; end with `commit` or `discard`."""

@@ -31,18 +31,17 @@ def plan_graph(graph: Graph, store: Store, forced: Sequence[str] = ()) -> list[P
     planned: list[Planned] = []
     known = dict(graph.given)
     for node in graph.nodes.values():
-        item = _plan_node(node, graph, known, stage_run(node, store, "cpu", forced))
+        item = _plan_node(node, graph, known, stage_run(node, store, "cpu", forced), store)
         planned.append(item)
         if item.ref is not None:
             known[node.id] = item.ref
     return planned
 
 
-def _plan_node(node: Node, graph: Graph, known: Mapping[str, Ref], run: StageRun) -> Planned:
+def _plan_node(node: Node, graph: Graph, known: Mapping[str, Ref], run: StageRun, store: Store) -> Planned:
     waiting = {graph.nodes[identity].role for identity in node.inputs.values() if identity not in known}
     if waiting:
         return Planned(node, "MISS", f"waits for {', '.join(sorted(waiting))}")
-    store = Store(run.store_root)
     payload = replace(run, inputs={name: known[identity] for name, identity in node.inputs.items()}).payload()
     key = store.key(payload)
     if run.force:
@@ -52,7 +51,7 @@ def _plan_node(node: Node, graph: Graph, known: Mapping[str, Ref], run: StageRun
         seconds = record.provenance.get("wall_seconds", 0.0)
         return Planned(node, "HIT", f"saves {seconds:,.0f} s", record.ref)
     why = store.explain(key)
-    nearest = store.nearest(payload) if why == "no record" else None
+    nearest = store.nearest(payload, run.definitions) if why == "no record" else None
     if nearest is not None:
         why = "; ".join(nearest[1][:3])
     return Planned(node, "MISS", why)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from artifacts.loaded import loaded_sources
 from artifacts.locks import described
 from artifacts.refs import Ref
 from artifacts.store import Store, StoreError
-from tasks.runtime.machine import package_versions
+from tasks.runtime.machine import PACKAGES, keyed_versions, package_versions, peak_memory_mb, reset_peak_memory
 from tasks.runtime.progress import LOG_FILE, Progress, log_into, noting, progress_file
 from tasks.runtime.stage import TELEMETRY_FOLDER, Context, Metrics, Stage, StageConfig, StageError
 
@@ -44,6 +43,12 @@ class StageRun:
             object.__setattr__(self, "code", code_of(self.entry))
 
     @property
+    def definitions(self) -> Mapping[str, Mapping[str, str]]:
+        """What its code consists of."""
+        assert self.code is not None
+        return self.code.definitions
+
+    @property
     def entry(self) -> Entry:
         """Where the stage's code begins, under its configuration."""
         choices = tuple(sorted(self.stage.chooses(self.config).items()))
@@ -58,12 +63,14 @@ class StageRun:
             # Content counts, not where it lies.
             config = {k: v for k, v in config.items() if k not in self.config.location_fields}
             config["source_digest"] = self.source_digest
+        packages = keyed_versions(self.stage.packages(self.config))
         return {
             "stage": self.stage.name,
             "version": self.stage.version,
             "code": self.code.digest,
             "config": config,
             "inputs": {name: str(ref) for name, ref in sorted(self.inputs.items())},
+            **({"packages": packages} if packages else {}),
         }
 
 
@@ -120,12 +127,14 @@ def execute(run: StageRun, report_to: Path | None = None) -> Outcome:
         shutil.rmtree(telemetry, ignore_errors=True)  # measurements of an execution that was killed
         output = store.new_folder()
         started = time.perf_counter()
+        reset_peak_memory()
         try:
             with log_into(scratch / LOG_FILE), noting(progress):
                 _check_code(run)  # before hours are spent, and again before they are believed
                 metrics = _run_body(run, store, output, scratch, progress)
                 _check_code(run)
-            provenance = _provenance(metrics, time.perf_counter() - started)
+            provenance = _provenance(run, metrics, time.perf_counter() - started)
+            store.keep_definitions(payload["code"], run.definitions)
             measured = telemetry if telemetry.is_dir() else None
             ref = store.commit(output, run.stage.kind, key, payload, provenance, telemetry=measured)
         except Exception as error:
@@ -173,13 +182,12 @@ def _run_body(run: StageRun, store: Store, output: Path, scratch: Path, progress
     return run.stage(run.config, context, **inputs)
 
 
-def _provenance(metrics: Metrics, seconds: float) -> dict[str, Any]:
+def _provenance(run: StageRun, metrics: Metrics, seconds: float) -> dict[str, Any]:
     """Host-independent facts of a run; they are recorded beside the artifact and do not enter its digest."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "metrics": metrics,
         "wall_seconds": round(seconds, 3),
-        "peak_memory_mb": usage.ru_maxrss // 1024,
+        "peak_memory_mb": peak_memory_mb(),
         "python": platform.python_version(),
-        "versions": package_versions(),
+        "versions": package_versions({*PACKAGES, *run.stage.packages(run.config)}),
     }

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from artifacts.store import Store
+from tasks.runtime import machine
 from tasks.runtime.execute import StageRun, execute, find_cached
 from tasks.runtime.executor import StageExecutor
 from tasks.runtime.progress import Progress, read_progress
@@ -198,3 +199,81 @@ def test_workers_report_progress_raise_and_survive(store: Store) -> None:
         assert executor.run(upper_run(store, num_steps=1), lambda p: None).metrics == {"resumed_from": 0}
     finally:
         executor.close()
+
+
+def test_other_code_than_the_keys_is_not_run(store: Store, tmp_path: Path) -> None:
+    run = source_run(store, runs=str(tmp_path / "runs"))
+    assert run.code is not None
+    path, labels = next(iter(run.code.definitions.items()))
+    name = next(iter(labels))
+    other = replace(run.code, definitions={**run.code.definitions, path: {**labels, name: "0" * 16}})
+    with pytest.raises(StageError, match="code changed since the run began: tests/tasks/runtime/toy_stages") as caught:
+        execute(replace(run, code=other))
+    assert "run the same command again" in str(caught.value) and len(str(caught.value)) <= 300
+    assert not (tmp_path / "runs").exists() and list(store.records()) == []
+
+
+def test_a_difference_of_code_names_the_definition(store: Store) -> None:
+    run = source_run(store)
+    execute(run)
+    assert run.code is not None
+    [path] = run.code.definitions
+    labels = {**run.definitions[path], "function source": "0" * 16, "import new": "1" * 16}
+    edited = replace(run, code=replace(run.code, digest="f" * 64, definitions={path: labels}))
+    found = store.nearest(edited.payload(), edited.definitions)
+    assert found is not None
+    assert found[1] == [f"code: {path} function source changed, and 1 more"]
+    for file in (store.root / "code").iterdir():
+        file.write_text("[")
+    found = store.nearest(edited.payload(), edited.definitions)
+    assert found is not None and found[1] == ["code changed"]
+
+
+def test_peak_memory_is_the_stages_own(store: Store) -> None:
+    big = bytearray(b"x" * (300 * 2**20))
+    before = machine.peak_memory_mb()
+    del big
+    execute(source_run(store))
+    [record] = store.records()
+    assert before is not None and 0 < record.provenance["peak_memory_mb"] < before - 200
+
+
+def versioned(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    known = {name.replace("_", "-"): version for name, version in versions.items()}
+    monkeypatch.setattr(machine, "_version", known.get)
+
+
+@pytest.mark.parametrize(
+    "package, before, after, same",
+    [
+        ("torch", "2.8.0", "2.8.1", True),
+        ("torch", "2.8.0+cpu", "2.8.0+cu128", True),
+        ("torch", "2.8.1", "2.9.0", False),
+        ("vllm", "0.20.1", "0.20.2", True),
+        ("vllm", "0.20.1", "0.21.0", False),
+        ("math-verify", "0.8.0", "0.8.1", False),
+        ("lighteval", "0.13.0", "0.13.1", False),
+        ("other", "1.0", "2.0", True),
+    ],
+)
+def test_versions_that_decide_a_result_enter_its_key(
+    store: Store, monkeypatch: pytest.MonkeyPatch, package: str, before: str, after: str, same: bool
+) -> None:
+    stage = replace(toys.source, packages=lambda config: ("torch", "vllm", "math-verify", "lighteval", "absent"))
+    run = replace(source_run(store), stage=stage)
+    versioned(monkeypatch, **{package.replace("-", "_"): before})
+    execute(run)
+    [record] = store.records()
+    versioned(monkeypatch, **{package.replace("-", "_"): after})
+    assert (find_cached(run) is not None) == same
+    found = store.nearest(run.payload(), run.definitions)
+    assert found is not None and (found[1] == []) == same
+    assert same or found[1] == [
+        f"package {package} {machine._keyed(package, before)} -> {machine._keyed(package, after)}"
+    ]
+    told = [] if package == "other" else [f"{package} {before} -> {after}"]
+    assert machine.version_differences(record) == told
+
+
+def test_a_stage_that_names_no_package_has_none_in_its_key(store: Store) -> None:
+    assert "packages" not in source_run(store).payload()

@@ -22,6 +22,7 @@ __all__ = ["CalibrateConfig", "calibrate"]
     reads={"base": "base", "data": "calibration_data"},
     gives=("calibration",),
     packages=lambda config: config.generation.kind.packages if config.responses == "generated" else ("transformers",),
+    chooses=lambda config: {"tasks.sampling.registry:ENGINES": config.generation.engine},
     fresh_process=lambda config: config.responses == "generated" and config.generation.kind.outlives_stage,
 )
 def calibrate(config: CalibrateConfig, context: Context, *, base: Path, data: Path) -> Metrics:

@@ -58,7 +58,7 @@ class StageRun:
         """What the key hashes: never a path of this machine, a device or a date."""
         assert self.code is not None
         self.stage.check_inputs(self.inputs)
-        config = self.config.model_dump(mode="json", exclude=set(self.config.unkeyed_fields))
+        config = self.config.keyed()
         if self.source_digest is not None:
             # Content counts, not where it lies.
             config = {k: v for k, v in config.items() if k not in self.config.location_fields}

@@ -36,6 +36,12 @@ class StageConfig(BaseModel):
     """Fields that change no bit of what a stage gives (when it saves, gives up, how it shares a machine): changing one
     keeps the key and the scratch.  A test proves it for each."""
 
+    def keyed(self) -> dict[str, Any]:
+        """The configuration as it enters a key: JSON data without the `unkeyed_fields`, those of sections included."""
+        data = self.model_dump(mode="json", exclude=set(self.unkeyed_fields))
+        sections = {name: getattr(self, name) for name in data}
+        return data | {name: part.keyed() for name, part in sections.items() if isinstance(part, StageConfig)}
+
 
 class StageError(Exception):
     """A stage cannot go on for a reason the user can mend; the message names the remedy and is shown as it is."""

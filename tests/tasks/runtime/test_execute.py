@@ -277,3 +277,14 @@ def test_versions_that_decide_a_result_enter_its_key(
 
 def test_a_stage_that_names_no_package_has_none_in_its_key(store: Store) -> None:
     assert "packages" not in source_run(store).payload()
+
+
+def test_what_changes_no_bit_stays_out_of_the_key_at_any_depth() -> None:
+    from tasks.evaluate import EvaluateConfig
+
+    plain = EvaluateConfig()
+    for name, value in (("gpu_memory_utilization", 0.5), ("stall_seconds", 1.0), ("stall_limit_seconds", 9000.0)):
+        generation = plain.generation.model_copy(update={name: value})
+        assert plain.model_copy(update={"generation": generation}).keyed() == plain.keyed(), name
+    other = plain.generation.model_copy(update={"temperature": 0.5})
+    assert plain.model_copy(update={"generation": other}).keyed() != plain.keyed()

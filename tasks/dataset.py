@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 
 from tasks.data import sources
 from tasks.data.benchmark_rows import benchmark_digest
@@ -21,11 +20,11 @@ def dataset(config: DatasetConfig, context: Context) -> Metrics:
 
 
 def source_digest(config: DatasetConfig) -> str:
-    """sha256 of what the stage will read from outside: contents of local files, or the commit of a hub data set."""
+    """What the stage will read from outside: the sha256 of local files' contents, or the commit of a hub data set."""
+    if config.is_bundled:
+        return hashlib.sha256(config.source.encode()).hexdigest()
     if config.benchmark is not None:
         return benchmark_digest(config.benchmark, config.source)
-    if not config.is_bundled and sources.is_local(config.source):
+    if sources.is_local(config.source):
         return sources.files_digest(sources.local_files(config.source, config.split, config.subset))
-    commit = None if config.is_bundled else commit_of(config.source, config.revision)
-    named = (config.source, config.subset, config.split, commit)
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    return commit_of(config.source, config.revision)

@@ -10,9 +10,10 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from tasks.data import readers
 from tasks.data.lines import PACKED, BrokenFileError
@@ -23,7 +24,6 @@ from tasks.runtime.stage import StageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_Item = TypeVar("_Item")
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
@@ -74,20 +74,17 @@ def is_plain_text(file: Path) -> bool:
 def read_file(file: Path, columns: Collection[str] | None = None) -> Iterator[Numbered]:
     """The rows of a file, numbered; a columnar file gives these columns only.  StageError for what cannot be read."""
     found = check_format(file)
-
-    def numbered() -> Iterator[Numbered]:
+    with told(file):
         if found.rows is not None:
             yield from found.rows(file)
         elif found.batches is not None:
             yield from readers.batch_rows(found.batches(file, columns))
 
-    return _told(file, numbered())
-
 
 def read_batches(file: Path) -> Iterator[pa.RecordBatch] | None:
-    """A columnar file in batches of all its columns; None for a file of another kind."""
+    """A columnar file in batches of all its columns; None for a file of another kind.  To be read within `told`."""
     found = check_format(file)
-    return None if found.batches is None else _told(file, found.batches(file, None))
+    return None if found.batches is None else found.batches(file, None)
 
 
 def cannot_open(file: Path, error: OSError) -> StageError:
@@ -96,10 +93,13 @@ def cannot_open(file: Path, error: OSError) -> StageError:
     return StageError(f"{_named(file)}: cannot be opened ({why}): check that it is there and that you may read it")
 
 
-def _told(file: Path, items: Iterator[_Item]) -> Iterator[_Item]:
-    """The items, with whatever goes wrong in reading them as one message."""
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading the file is one message."""
     try:
-        yield from items
+        yield
+    except StageError:
+        raise
     except BrokenFileError as broken:
         place = _named(file) + (f", line {broken.line}" if broken.line else "")
         raise StageError(f"{place}: {shorten(broken.cause, 120)}; {broken.remedy}") from broken

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.data import sources
-from tasks.data.benchmark_rows import read_benchmark
+from tasks.data.benchmark_rows import benchmark_digest, read_benchmark
 from tasks.data.bundled_problems import bundled_problems, bundled_stories
 from tasks.data.config import BUNDLED, FIELDS, DatasetConfig
 from tasks.data.fields import HUB_PRESETS, LICENCES, Example, FieldMap, Row, choose_fields, described, recognise
@@ -48,6 +49,8 @@ class _Source:
     facts: dict[str, Any]
     notes: Counter[Note] = field(default_factory=Counter)
     """What was changed in rows, counted while `examples` is read."""
+    digest: Callable[[], str] | None = None
+    """Digests the source once more; None for what cannot change, a commit of the hub's."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ def make_dataset(config: DatasetConfig, context: Context) -> Metrics:
     Nothing is left out in silence: dataset.json and the metrics count the rows that were dropped, by reason, and those
     that were changed; dataset.json names the columns that were not used.
     """
-    source = _open(config)
+    source = _open(config, context.source_digest)
     counts = _Counts()
     kept: list[Example] = []
     for example in source.examples:
@@ -86,6 +89,11 @@ def make_dataset(config: DatasetConfig, context: Context) -> Metrics:
             context.progress(counts.read, counts.read, unit="row", kept=len(kept))
             if counts.read > MOST_ROWS:
                 raise StageError(f"data set {shorten(config.source)}: more than {MOST_ROWS:,} rows: give a part of it")
+    if source.digest is not None and context.source_digest not in (None, source.digest()):
+        raise StageError(
+            f"data set {shorten(config.source)} changed since the run began, so its examples would stand under the old "
+            "content's key: run the same command again"
+        )
     chosen = _sample(kept, config, counts)
     _write(chosen, context.output / "data.parquet")
     totals = counts.totals | {"examples": len(chosen)}
@@ -105,12 +113,14 @@ def make_dataset(config: DatasetConfig, context: Context) -> Metrics:
     return {**totals, "num_with_response": with_response, **reasons, **dict(sorted(source.notes.items()))}
 
 
-def _open(config: DatasetConfig) -> _Source:
+def _open(config: DatasetConfig, promised: str | None) -> _Source:
+    """`promised`: `source_digest` as the key has it."""
     if config.is_bundled:
         return _bundled(config)
     if config.benchmark is not None:
-        return _Source(*read_benchmark(config.benchmark, config.source))
-    table, facts, is_lines = _table(config)
+        examples, facts = read_benchmark(config.benchmark, config.source)
+        return _Source(examples, facts, digest=partial(benchmark_digest, config.benchmark, config.source))
+    table, facts, is_lines, digest = _table(config, promised)
     columns = table.columns()
     if not columns:
         raise StageError(
@@ -131,7 +141,7 @@ def _open(config: DatasetConfig) -> _Source:
     facts["columns_unused"] = sorted(set(kinds) - set(used))
     facts["licence"] = LICENCES.get(preset or "", "see the source")
     notes: Counter[Note] = Counter()
-    return _Source(_examples(rows, table, fields, kinds, notes), facts, notes)
+    return _Source(_examples(rows, table, fields, kinds, notes), facts, notes, digest)
 
 
 def _recognised(columns: Columns) -> str | None:
@@ -152,8 +162,8 @@ def _examples(
         yield example
 
 
-def _table(config: DatasetConfig) -> tuple[Table, dict[str, Any], bool]:
-    """(rows, where they come from, whether a row is a line of plain text) of a local or hub source."""
+def _table(config: DatasetConfig, promised: str | None) -> tuple[Table, dict[str, Any], bool, Callable[[], str] | None]:
+    """(rows, where they come from, whether a row is a line of plain text, digest) of a local or hub source."""
     if sources.is_local(config.source):
         files = sources.local_files(config.source, config.split, config.subset)
         facts: dict[str, Any] = {
@@ -161,10 +171,10 @@ def _table(config: DatasetConfig) -> tuple[Table, dict[str, Any], bool]:
             "sha256": sources.files_digest(files),
             "split": config.split,
         }
-        return Files(files), facts, all(is_plain_text(file) for file in files)
-    commit = commit_of(config.source, config.revision)
+        return Files(files), facts, all(is_plain_text(file) for file in files), partial(sources.files_digest, files)
+    commit = promised or commit_of(config.source, config.revision)
     facts = {"source": config.source, "subset": config.subset, "revision": commit, "split": config.split}
-    return hub_table(config.source, config.subset, config.split, commit), facts, False
+    return hub_table(config.source, config.subset, config.split, commit), facts, False, None
 
 
 def _bundled(config: DatasetConfig) -> _Source:

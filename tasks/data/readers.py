@@ -88,7 +88,9 @@ def parquet_batches(file: Path, columns: Collection[str] | None) -> Iterator[pa.
         unpacked = sum(table.metadata.row_group(i).total_byte_size for i in range(table.metadata.num_row_groups))
         if unpacked > (most := most_bytes(file)):
             raise unpacks_to_too_much(most)
-        yield from table.iter_batches(_BATCH_ROWS, columns=None if columns is None else list(columns))
+        for batch in table.iter_batches(_BATCH_ROWS, columns=None if columns is None else list(columns)):
+            batch.validate(full=True)  # texts are UTF-8 by promise only
+            yield batch
 
 
 def arrow_batches(file: Path, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:

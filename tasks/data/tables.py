@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.data.fields import OR, Row
-from tasks.data.files import read_batches, read_file
+from tasks.data.files import read_batches, read_file, told
 from tasks.data.readers import batch_rows
 from tasks.data.values import kind_of
 from tasks.data.wording import shorten
@@ -68,7 +68,8 @@ class Files:
             if batches is None:
                 look_at_rows((row for _, row in read_file(file)), found)
             else:
-                look_at_batches(batches, found)
+                with told(file):
+                    look_at_batches(batches, found)
         return found
 
     def rows(self, names: Collection[str] | None = None) -> Iterator[Row]:

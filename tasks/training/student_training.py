@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.checkpoints.models import save_student
 from tasks.data.prompts import encode_example
-from tasks.runtime.stage import Context, Metrics
+from tasks.runtime.stage import Context, Metrics, StageError
 from tasks.training.batches import Example, tokenize
 from tasks.training.config import LOG_FILE, StudentConfig, TraceConfig
 from tasks.training.loop import BatchSource, Row, train
@@ -27,12 +27,19 @@ def read_rows(data: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def read_examples(
     data: Path, tokenizer: PreTrainedTokenizerBase, config: TraceConfig
 ) -> tuple[list[Example], dict[str, int]]:
-    """The tokenized rows of a dataset artifact, and how many were kept, dropped and cut off."""
+    """The tokenized rows of a dataset artifact, and how many were kept, dropped and cut off.
+
+    Raises StageError for rows without a response: from them a student would learn to end its turn at once.
+    """
 
     def encode(prompt: str, response: str) -> tuple[list[int], int]:
         return encode_example(tokenizer, prompt, response, config.enable_thinking, config.prompt_suffix)
 
-    rows = ((row["prompt"], row["response"]) for row in read_rows(data, ("prompt", "response")))
+    rows = [(row["prompt"], row["response"]) for row in read_rows(data, ("prompt", "response"))]
+    if bare := sum(not response.strip() for _, response in rows):
+        raise StageError(
+            f"{bare} of {len(rows)} examples have no response to train on: set response_field for the data set"
+        )
     return tokenize(rows, encode, config.max_length, config.overlong)
 
 

@@ -134,13 +134,19 @@ def test_contradicting_options_are_refused():
         DatasetConfig(min_response_chars=5, max_response_chars=4)
 
 
-def test_source_digest_follows_the_content(problems, tmp_path, hub):
-    hub["a/b", None] = "a" * 40
+def test_source_digest_follows_the_content(problems, tmp_path):
     config = DatasetConfig(source=str(problems))
     before = source_digest(config)
     assert before == source_digest(DatasetConfig(source=str(problems), seed=5))
     problems.write_text(problems.read_text() + "\n")
     assert source_digest(config) != before
-    assert source_digest(DatasetConfig(source="a/b", split="x")) != source_digest(
-        DatasetConfig(source="a/b", split="y")
-    )
+    assert source_digest(DatasetConfig(source="bundled")) != source_digest(DatasetConfig(source="bundled_stories"))
+
+
+def test_a_file_that_changes_after_the_key_was_made_is_refused(problems, tmp_path):
+    config = DatasetConfig(source=str(problems))
+    context = Context(tmp_path, tmp_path, source_digest=source_digest(config))
+    dataset(config, context)
+    problems.write_text(problems.read_text().replace("1+1", "9+1"))
+    with pytest.raises(StageError, match=r"changed since the run began.*run the same command again"):
+        dataset(config, context)

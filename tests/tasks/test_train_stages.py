@@ -260,6 +260,18 @@ def test_rows_too_long_are_counted(tmp_path, student, data):
         sft_train(config.model_copy(update={"max_length": 3}), context_of(tmp_path), student=student, data=data)
 
 
+@pytest.mark.parametrize("missing", ["", " \n"])
+def test_rows_without_a_response_are_refused(tmp_path, student, teacher, data, missing):
+    rows = pq.read_table(data / "data.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"response": missing}]), tmp_path / "data.parquet")
+    inputs = {"student": student, "data": tmp_path}
+    message = rf"1 of {len(rows) + 1} examples have no response to train on: set response_field"
+    with pytest.raises(StageError, match=message):
+        sft_train(SFTTrainConfig(**SMALL), context_of(tmp_path / "sft"), **inputs)
+    with pytest.raises(StageError, match=message):
+        kd_train(KDTrainConfig(**SMALL), context_of(tmp_path / "kd"), teacher=teacher, **inputs)
+
+
 def test_kd_objective_is_zero_for_the_teacher_itself(teacher, data, tokenizer):
     """Forward and reverse KL of a model to itself vanish."""
     model = load_model(teacher, torch.float32)

@@ -39,6 +39,15 @@ def table_bytes(kind: str) -> bytes:
     return sink.getvalue()
 
 
+def parquet_of(problems: pa.Array) -> bytes:
+    """One row, whose problem may be what no writer lets pass: bytes under the name of a text."""
+    if pa.types.is_binary(problems.type):
+        problems = pa.Array.from_buffers(pa.string(), len(problems), problems.buffers())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"problem": problems, "answer": ["4"]}), sink)
+    return sink.getvalue()
+
+
 def csv_bytes(delimiter: str = ",", encoding: str = "utf-8") -> bytes:
     sink = io.StringIO(newline="")
     writer = csv.DictWriter(sink, ROW, delimiter=delimiter)
@@ -200,6 +209,8 @@ BROKEN = {
     "middle_cut.parquet": (table_bytes("parquet")[:20] + table_bytes("parquet")[300:], "get the file again"),
     "cut.arrow": (table_bytes("stream")[:-200], "get the file again"),
     "cut_file.arrow": (table_bytes("file")[:-200], "get the file again"),
+    "latin1.parquet": (parquet_of(pa.array([b"caf\xe9"]).cast(pa.binary())), "damaged"),
+    "far_date.parquet": (parquet_of(pa.array([2**62], pa.timestamp("us"))), "damaged|row 1"),
     "empty.jsonl": (b"", "no rows"),
     "blank.jsonl": (b"\n \n\n", "no rows"),
     "empty.csv": (b"", "no rows"),

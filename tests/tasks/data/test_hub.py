@@ -55,8 +55,26 @@ def test_the_name_of_a_commit_does_not_count(hub, tmp_path):
     hub[NAME, None] = hub[NAME, "main"] = OLD
     keys = [key_of(tmp_path, revision=revision) for revision in (None, "main", OLD)]
     assert keys[0] == keys[1] == keys[2]
-    hub["owner/other", None] = OLD
-    assert source_digest(DatasetConfig(source="owner/other")) != keys[0]["config"]["source_digest"]
+    assert source_digest(DatasetConfig(source=NAME, revision="main")) == OLD
+
+
+def test_the_commit_of_the_key_is_loaded_though_the_branch_has_moved(hub, loads, tmp_path):
+    hub[NAME, None] = NEW
+    dataset(DatasetConfig(source=NAME), Context(tmp_path, tmp_path, source_digest=OLD))
+    assert [commit for *_, commit in loads] == [OLD]
+
+
+def test_a_benchmark_whose_newest_state_has_moved_is_refused(hub, monkeypatch, tmp_path):
+    rows = datasets.Dataset.from_list([{"problem": "p", "answer": "4"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    config = DatasetConfig(benchmark="aime_120", source="hub")
+    hub["xiaoyuanliu/AIME90", None] = OLD
+    before = source_digest(config)
+    dataset(config, Context(tmp_path, tmp_path, source_digest=before))
+    hub["xiaoyuanliu/AIME90", None] = NEW
+    commit_of.cache_clear()
+    with pytest.raises(StageError, match="changed since the run began"):
+        dataset(config, Context(tmp_path, tmp_path, source_digest=before))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from artifacts.files import file_sha256
 from tasks.checkpoints.files import INDEX, refused, write_json
 from tasks.checkpoints.folders import (
     CONFIG,
@@ -46,8 +47,7 @@ def folder_digest(path: Path) -> str:
     read_base_folder(path)
     total = hashlib.sha256()
     for name in model_files(path):
-        with (path / name).open("rb") as file:
-            total.update(_line(name, hashlib.file_digest(file, "sha256").hexdigest()))
+        total.update(_line(name, file_sha256(path / name)))
     return total.hexdigest()
 
 

@@ -18,7 +18,6 @@ quarantine/                damaged artifacts and records, <digest>-<n>; nothing 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -32,6 +31,7 @@ from artifacts.files import flush, move_aside
 from artifacts.keys import REPOSITORY, digest
 from artifacts.ledger import Ledger, now
 from artifacts.locks import FileLock, Owner
+from artifacts.record_files import RecordFiles
 from artifacts.records import Definitions, Record
 from artifacts.refs import DIGEST, KIND, Ref
 from artifacts.temporary import TemporaryFolders
@@ -51,7 +51,7 @@ class Store:
         self.root = given_folder(chosen)
         self.ledger = Ledger(self.root / "ledger.jsonl")
         self._temporary = TemporaryFolders(self.root / "tmp")
-        self._cached_records: dict[str, tuple[tuple[int, int], Record | None]] = {}
+        self._records = RecordFiles(self.root, self._temporary)
         self._reported: set[tuple[str, str]] = set()
         with self._disk_errors():
             for name in FOLDERS:
@@ -76,7 +76,7 @@ class Store:
             with contextlib.suppress(OSError):  # a read must not fail because the history cannot be written
                 self.ledger.append("damaged", key=key, reason=reason)
                 if full and record is None:
-                    move_aside(self._record_path(key), self.root / "quarantine" / "records" / key)
+                    move_aside(self._records.path(key), self.root / "quarantine" / "records" / key)
             if full and not (record and self.quarantine(record.ref, reason)):
                 logger.warning("%s (record %s): the stage runs again", brief(reason), key[:12])
         return None if reason else record
@@ -87,7 +87,7 @@ class Store:
 
     def _inspect(self, key: str, full: bool) -> tuple[Record | None, str]:
         try:
-            record = Record.from_json(self._record_path(key).read_bytes())
+            record = self._records.read(_checked(key))
             matches = record.key == key == self.key(record.payload)
         except FileNotFoundError:
             return None, "no record"
@@ -99,18 +99,7 @@ class Store:
 
     def records(self) -> Iterator[Record]:
         """Every readable record, oldest first. Files seen before are not read again."""
-        seen = {}
-        with os.scandir(self.root / "records") as entries:
-            for entry in entries:
-                state = entry.stat()
-                stamp = (state.st_mtime_ns, state.st_ino)
-                known = self._cached_records.get(entry.name)
-                if known is None or known[0] != stamp:
-                    known = (stamp, _read_record(Path(entry.path)))
-                seen[entry.name] = known
-        self._cached_records = seen
-        readable = [record for _, record in seen.values() if record is not None]
-        return iter(sorted(readable, key=lambda record: (record.created, record.key)))
+        return self._records.all()
 
     def nearest(self, payload: dict[str, Any], code: Definitions | None = None) -> tuple[Record, list[str]] | None:
         """The record of the same stage that differs least, and the differences in words; None if none.
@@ -120,28 +109,14 @@ class Store:
         record = records.nearest(payload, self.records())
         if record is None:
             return None
-        return record, records.differences(record.payload, payload, self.definitions(record.payload["code"]), code)
+        return record, records.differences(
+            record.payload, payload, self._records.definitions(record.payload["code"]), code
+        )
 
     def keep_definitions(self, code: str, definitions: Definitions) -> None:
         """Keep what a payload's code consists of, so that a later difference can name it."""
-        target = self.root / "code" / f"{_checked(code)}.json"
-        if target.exists():
-            return
-        folder = self.new_folder()
-        try:
-            (folder / target.name).write_text(json.dumps({path: dict(found) for path, found in definitions.items()}))
-            os.replace(folder / target.name, target)
-        finally:
-            self.discard(folder)
-
-    def definitions(self, code: str) -> Definitions | None:
-        """What `keep_definitions` kept; None if it did not, or it cannot be read."""
-        try:
-            found = json.loads((self.root / "code" / f"{code}.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return None
-        whole = isinstance(found, dict) and all(isinstance(labels, dict) for labels in found.values())
-        return found if whole else None
+        with self._disk_errors():
+            self._records.keep_definitions(_checked(code), definitions)
 
     def new_folder(self) -> Path:
         """An empty folder to write an artifact into; end with `commit` or `discard`."""
@@ -175,7 +150,7 @@ class Store:
                 ref = self._add(folder, kind)
                 measured = None if telemetry is None else self._add(telemetry, TELEMETRY_KIND)
                 record = Record(key, payload, ref, provenance, now(), measured)
-                self._write_record(record)
+                self._records.write(record)
                 self.ledger.append("commit", **record.to_dict())
         except ValueError as error:
             raise StoreError(f"cannot commit a {kind}: {error}") from error
@@ -204,16 +179,6 @@ class Store:
                 else:
                     os.rename(folder, target)
                 flush(target.parent)
-
-    def _write_record(self, record: Record) -> None:
-        folder, target = self.new_folder(), self._record_path(record.key)
-        try:
-            (folder / target.name).write_bytes(record.to_json())
-            flush(folder / target.name)
-            os.replace(folder / target.name, target)
-            flush(target.parent)
-        finally:
-            self.discard(folder)
 
     def path(self, ref: Ref) -> Path:
         """The folder of an artifact, every byte verified; its files are read-only.
@@ -256,10 +221,11 @@ class Store:
         if len(matches) == 1:
             return matches[0]
         if not matches:
-            raise StoreError(f"no artifact begins with {prefix!r} in {self.root}: `reasoning-qat ls` lists all")
-        shown = ", ".join(f"{ref.kind}:{ref.short}" for ref in matches[:MOST_CANDIDATES])
+            given, root = brief(repr(prefix)), shown(self.root)
+            raise StoreError(f"no artifact begins with {given} in {root}: `reasoning-qat ls` lists all")
+        first = ", ".join(f"{ref.kind}:{ref.short}" for ref in matches[:MOST_CANDIDATES])
         more = f" and {len(matches) - MOST_CANDIDATES} more" if len(matches) > MOST_CANDIDATES else ""
-        raise StoreError(f"{prefix!r} is ambiguous: {shown}{more}. Give more digits, or the kind and a colon")
+        raise StoreError(f"{prefix!r} is ambiguous: {first}{more}. Give more digits, or the kind and a colon")
 
     def _objects(self, kind: str) -> Iterator[Ref]:
         """Every artifact there is a folder for, of one kind or (kind "") of all, sorted."""
@@ -295,22 +261,12 @@ class Store:
     def _object_path(self, ref: Ref) -> Path:
         return self.root / "objects" / ref.kind / ref.digest
 
-    def _record_path(self, key: str) -> Path:
-        return self.root / "records" / f"{_checked(key)}.json"
-
     def _disk_errors(self, about: str = "") -> contextlib.AbstractContextManager[None]:
         return disk_errors(self.root, about)
 
 
 def _named(ref: Ref, reason: str) -> str:
     return f"{ref.kind}:{ref.short} ({brief(reason)})"
-
-
-def _read_record(path: Path) -> Record | None:
-    try:
-        return Record.from_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _checked(key: str) -> str:

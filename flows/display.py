@@ -98,7 +98,7 @@ class RunDisplay:
         self._num_told[label] = max(told, len(notes))
 
     def _note(self, text: str) -> None:
-        self._console.print(f"[yellow]note[/]    {text}", highlight=False)
+        self._console.print(f"[yellow]note[/]    {text}", highlight=False, soft_wrap=True)
 
     def _tell_stall(self, label: str, message: str) -> None:
         """One line when a stage begins to stall; `message` is empty while it does not."""

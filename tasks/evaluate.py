@@ -32,7 +32,10 @@ def _check(config: EvaluateConfig) -> None:
     reads={"checkpoint": "model", "data": "test_data"},
     packages=_packages,
     check=_check,
-    chooses=lambda config: {"tasks.sampling.registry:ENGINES": config.generation.engine},
+    chooses=lambda config: {
+        "tasks.sampling.registry:ENGINES": config.generation.engine,
+        "tasks.evaluation.scoring:SCORERS": config.kind,
+    },
     fresh_process=lambda config: config.generation.kind.outlives_stage,
 )
 def evaluate(config: EvaluateConfig, context: Context, *, checkpoint: Path, data: Path) -> dict[str, Any]:

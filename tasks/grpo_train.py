@@ -39,7 +39,10 @@ def _check(config: GRPOTrainConfig) -> None:
     log=LOG_FILE,
     packages=_packages,
     check=_check,
-    chooses=lambda config: {"tasks.sampling.registry:ENGINES": config.generation.engine},
+    chooses=lambda config: {
+        "tasks.sampling.registry:ENGINES": config.generation.engine,
+        "tasks.judging.judge:JUDGES": config.kind,
+    },
     fresh_process=lambda config: config.generation.kind.outlives_stage,
 )
 def grpo_train(config: GRPOTrainConfig, context: Context, *, student: Path, data: Path) -> Metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,12 @@ from tasks.evaluation.lighteval_compat import (
     SamplingMethod,
 )
 from tasks.evaluation.scoring import Score
-from tasks.judging.code_answer import CodeVerdict
 from tasks.judging.math_answer import Verdict
 from tasks.judging.questions import Question
 from tasks.judging.response import Response
+
+if TYPE_CHECKING:
+    from tasks.judging.code_answer import CodeVerdict
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "prompt", "gold", "tier", "details")])
 

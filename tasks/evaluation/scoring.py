@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from tasks.data.benchmarks import TaskKind
 from tasks.evaluation.config import EvaluateConfig
 from tasks.evaluation.lighteval_compat import extracted_letter
-from tasks.judging.code_answer import CodeGrader, CodeVerdict, published_program
 from tasks.judging.judge import judge_choices, judge_code, judge_math, num_workers, open_code_grader
 from tasks.judging.math_answer import Grader, Verdict
 from tasks.judging.questions import Problem, check_tests
 from tasks.judging.response import Response
+
+if TYPE_CHECKING:
+    from tasks.judging.code_answer import CodeGrader, CodeVerdict
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,46 @@ Score = Callable[[Sequence[Response], Sequence[str]], list[Scores]]
 """(responses, gold answers) -> scores."""
 
 
-@contextmanager
-def open_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
+def open_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> AbstractContextManager[Score]:
     """The scorer of a kind of task, with the worker processes it needs.
 
     Raises:
         StageError: tests of programs that cannot be read, or no sandbox to run programs in.
     """
-    if config.kind == "choice":
-        yield score_choices
-    elif config.kind == "loglikelihood":
-        yield score_options
-    elif config.kind == "code":
-        for problem in problems:
-            check_tests(problem)
-        tests = {problem.answer: problem.details for problem in problems}  # the answer names them
-        with open_code_grader(config.unsafe_code) as code_grader:
-            yield lambda responses, golds: score_code(code_grader, responses, [tests[gold] for gold in golds])
-    else:
-        with Grader(num_workers()) as grader:
-            yield lambda responses, golds: score_math(grader, responses, golds)
+    return SCORERS[config.kind](config, problems)
+
+
+@contextmanager
+def _open_math_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
+    with Grader(num_workers()) as grader:
+        yield lambda responses, golds: score_math(grader, responses, golds)
+
+
+@contextmanager
+def _open_choice_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
+    yield score_choices
+
+
+@contextmanager
+def _open_code_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
+    for problem in problems:
+        check_tests(problem)
+    tests = {problem.answer: problem.details for problem in problems}  # the answer names them
+    with open_code_grader(config.unsafe_code) as grader:
+        yield lambda responses, golds: score_code(grader, responses, [tests[gold] for gold in golds])
+
+
+@contextmanager
+def _open_option_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
+    yield score_options
+
+
+SCORERS: dict[TaskKind, Callable[[EvaluateConfig, Sequence[Problem]], AbstractContextManager[Score]]] = {
+    "math": _open_math_scorer,
+    "choice": _open_choice_scorer,
+    "code": _open_code_scorer,
+    "loglikelihood": _open_option_scorer,
+}
 
 
 def score_math(grader: Grader, responses: Sequence[Response], golds: Sequence[str]) -> list[Scores]:
@@ -79,6 +103,8 @@ def score_options(responses: Sequence[Response], golds: Sequence[str]) -> list[S
 
 def score_code(grader: CodeGrader, responses: Sequence[Response], tests: Sequence[str]) -> list[Scores]:
     """The paper's way is the program that LiveCodeBench takes from the whole response; mostly it is the same one."""
+    from tasks.judging.code_answer import published_program
+
     strict = judge_code(grader, responses, tests)
     published = [published_program(response.text) for response in responses]
     differing = [i for i, verdict in enumerate(strict) if published[i] != verdict.extracted]

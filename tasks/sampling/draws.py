@@ -8,8 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tasks.runtime.stage import StageError
+
 # Tokens looked at for the top-p cut, before all are: sorting 150,000 probabilities costs more than the model.
 NUCLEUS_CANDIDATES = (64, 2048)
+
+
+def check_finite(logprobs: torch.Tensor) -> None:
+    """StageError if logits were not finite: one NaN or infinity makes all log-probabilities of its row NaN."""
+    if bool(logprobs.isnan().any()):
+        raise StageError(
+            "the model's logits are not finite: its weights hold NaN or infinity, or its numbers overflow in this "
+            "dtype; check the checkpoint, or set generation.dtype=float32"
+        )
 
 
 def uniform_streams(seeds: Sequence[int], num_draws: int) -> torch.Tensor:
@@ -53,13 +64,14 @@ def sample_tokens(
     """Tokens [B] int64 and their float32 log-probabilities [B] under softmax(logits / temperature).
 
     Temperature 0 takes the most probable token and reports its log-probability under softmax(logits).
+    Raises StageError for logits that hold NaN or infinity.
     """
     logits_BV = logits_BV.float()
+    logprob_BV = (logits_BV / (temperature or 1.0)).log_softmax(-1)
+    check_finite(logprob_BV[:, 0])
     if temperature == 0:
         token_B = logits_BV.argmax(-1)
-        logprob_BV = logits_BV.log_softmax(-1)
     else:
-        logprob_BV = (logits_BV / temperature).log_softmax(-1)
         mass_BV = logprob_BV.exp()
         if top_p < 1:
             mass_BK, candidate_BK = nucleus(mass_BV, top_p)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tasks.sampling.draws import check_finite
 from tasks.sampling.engine import TokenPair
 
 # Tokens per forward pass, padding included: bounds the float32 logits [N, V], 2.5 GB for 150,000 tokens.
@@ -67,6 +68,7 @@ def _score(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> list[tuple[flo
     target_N = torch.tensor([token for _, continuation in pairs for token in continuation], device=model.device)
     logit_N = logits_NV.gather(1, target_N[:, None]).squeeze(1)
     logprob_N = (logit_N - logits_NV.logsumexp(-1)).double().cpu()
+    check_finite(logprob_N)
     greedy_N = (logit_N >= logits_NV.amax(-1)).cpu()
     lengths = [len(continuation) for _, continuation in pairs]
     parts = zip(logprob_N.split(lengths), greedy_N.split(lengths), strict=True)
@@ -83,5 +85,6 @@ def prompt_loglikelihoods(prompts: Sequence[Steps], pairs: Sequence[TokenPair]) 
 
 def _prompt_loglikelihood(steps: Steps, continuation: Sequence[int]) -> tuple[float, bool]:
     logprobs = [step[token].logprob for token, step in zip(continuation, steps, strict=True)]
+    check_finite(torch.tensor(logprobs))
     best = [max(candidate.logprob for candidate in step.values()) for step in steps]
     return math.fsum(logprobs), all(found >= most for found, most in zip(logprobs, best, strict=True))

@@ -33,6 +33,7 @@ from tasks.checkpoints.folders import QUANT_METHOD, quant_method
 from tasks.checkpoints.models import read_scheme, write_scheme
 from tasks.runtime.stage import StageError
 from tasks.sampling.canary import canary_prompt, check_canary
+from tasks.sampling.draws import check_finite
 from tasks.sampling.engine import (
     Completion,
     EngineOptions,
@@ -288,6 +289,7 @@ def _completion(parts: Sequence[Any]) -> Completion:
     else:
         steps = chain.from_iterable(part.logprobs for part in parts)
         logprobs = tuple(step[token].logprob for token, step in zip(token_ids, steps, strict=True))
+        check_finite(torch.tensor(logprobs))
     finish_reason = parts[-1].finish_reason
     if finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a request with {finish_reason!r}; see its log")

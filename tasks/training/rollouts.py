@@ -11,12 +11,11 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tasks.judging.code_answer import CodeVerdict
 from tasks.judging.judge import Judge
 from tasks.judging.math_answer import Verdict
 from tasks.judging.response import Response
@@ -26,6 +25,9 @@ from tasks.training.batches import Example, by_length, collate, sample_indices
 from tasks.training.grpo import group_advantages, token_weights, zero_variance
 from tasks.training.grpo_config import RolloutConfig
 from tasks.training.loop import Batch, StepBatches
+
+if TYPE_CHECKING:
+    from tasks.judging.code_answer import CodeVerdict
 
 logger = logging.getLogger(__name__)
 

@@ -102,6 +102,12 @@ def test_replicas_give_the_same_bytes(run):
     assert not multiprocessing.active_children()
 
 
+def test_what_is_not_keyed_changes_no_byte(run):
+    undisturbed, _ = run("undisturbed")
+    other, _ = run("other", config=with_generation(gpu_memory_utilization=0.5, stall_seconds=7, stall_limit_seconds=8))
+    assert contents(other) == contents(undisturbed)
+
+
 def test_too_few_devices_for_the_replicas_are_told_before_anything_is_sampled(checkpoint, write_data, tmp_path):
     config = with_generation(data_parallel=100)
     context = Context(tmp_path / "output", tmp_path, device="cuda")

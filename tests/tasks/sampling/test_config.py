@@ -17,6 +17,7 @@ KINDS = (GenerationConfig, CalibrationGeneration, RolloutGeneration)
         ({"tensor_parallel": 2}, "set engine='vllm' too"),
         ({"data_parallel": 0}, "data_parallel"),
         ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 1e-30}, "take 0 for greedy decoding"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tasks.runtime.stage import StageError
 from tasks.sampling.draws import invert_cdf, nucleus, sample_tokens, uniform_streams
 
 
@@ -59,6 +60,22 @@ def test_draws_follow_the_tempered_nucleus() -> None:
         assert share == pytest.approx(kept.get(token, 0.0) / sum(kept.values()), abs=0.01)
     expected = torch.tensor(probabilities).log()[tokens]
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 3, 6])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
+def test_logits_that_are_not_finite_are_told(bad, place, temperature, top_p) -> None:
+    logits = torch.zeros(3, 7)
+    logits[1, place] = bad
+    with pytest.raises(StageError, match=r"the model's logits are not finite.*check the checkpoint"):
+        sample_tokens(logits, torch.full((3,), 0.5), temperature, top_p)
+    logits[1] = -math.inf
+    with pytest.raises(StageError, match="not finite"):
+        sample_tokens(logits, torch.full((3,), 0.5), temperature, top_p)
+    logits[1, place] = 0.0  # a token that is ruled out is no fault
+    tokens, _ = sample_tokens(logits, torch.full((3,), 0.5), temperature, top_p)
+    assert int(tokens[1]) == place
 
 
 def test_greedy_reports_the_untempered_logprob() -> None:

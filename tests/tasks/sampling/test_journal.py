@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tasks.sampling.engine import Request, SamplingParams
 from tasks.sampling.journal import Generation, Journal, request_key
@@ -52,33 +54,65 @@ def lines(path):
     return path.read_bytes().split(b"\n")[:-1]
 
 
-WHOLE = {"key": "one", **dataclasses.asdict(FIRST)}
-DAMAGED = {
-    "cut": b'{"key": "one", "tok',
-    "zeros": b"\0" * 40,
-    "no object": b"[1]",
-    "no text": b"\xff\xfe",
-    "field missing": json.dumps({name: WHOLE[name] for name in ("key", "token_ids")}).encode(),
-    "field unknown": json.dumps(WHOLE | {"more": 1}).encode(),
-    "tokens as text": json.dumps(WHOLE | {"token_ids": "56"}).encode(),
-    "no finish reason": json.dumps(WHOLE | {"finish_reason": "abort"}).encode(),
-    "time as text": json.dumps(WHOLE | {"seconds": "1"}).encode(),
+def written(tmp_path) -> bytes:
+    """The line of FIRST, as it stands in a file."""
+    with Journal(tmp_path / "another") as journal:
+        journal.append("one", FIRST)
+    return lines(tmp_path / "another")[0]
+
+
+def with_fields(line: bytes, **fields) -> bytes:
+    """Fields changed by somebody who leaves the checksum as it is."""
+    return json.dumps(json.loads(line) | fields).encode()
+
+
+DAMAGES = {
+    "cut": lambda line: line[:20],
+    "without its checksum": lambda line: line.rpartition(b', "check"')[0] + b"}",
+    "zeros": lambda line: b"\0" * 40,
+    "empty": lambda line: b"",
+    "no object": lambda line: b"[1]",
+    "no text": lambda line: b"\xff\xfe",
+    "nested without end": lambda line: b"[" * 100_000,
+    "another program's": lambda line: b'{"key": "one", "token_ids": [1], "finish_reason": "stop"}',
+    "an earlier release's": lambda line: json.dumps({"key": "one", **dataclasses.asdict(FIRST)}).encode(),
+    "another token": lambda line: with_fields(line, token_ids=[5, 7, 2]),
+    "another key": lambda line: with_fields(line, key="other"),
+    "joined with the next": lambda line: line + line,
 }
 
 
-@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_line_is_reported_and_generated_again(tmp_path, caplog, damaged):
-    path = tmp_path / "journal"
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_line_is_reported_and_generated_again(tmp_path, caplog, damage):
+    path, damaged = tmp_path / "journal", damage(written(tmp_path))
     with Journal(path) as journal:
         journal.append("two", SECOND)
     path.write_bytes(damaged + b"\n" + path.read_bytes())
     with Journal(path) as journal:
         assert (journal.get("one"), journal.get("two")) == (None, SECOND)
         journal.append("one", FIRST)
-    assert "damaged line" in caplog.text
+    assert "1 damaged lines" in caplog.text
     assert lines(path)[0] == damaged and len(lines(path)) == 3, "what is there is left as it is"
     with Journal(path) as journal:
         assert journal.get("one") == FIRST
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+@settings(max_examples=300, deadline=None)
+def test_a_flipped_bit_is_never_believed(tmp_path_factory, place, bit):
+    path = tmp_path_factory.mktemp("flipped") / "journal"
+    with Journal(path) as journal:
+        journal.append("one", FIRST)
+        journal.append("two", SECOND)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+    with Journal(path) as journal:
+        found = [journal.get("one"), journal.get("two")]
+        assert [f for f in found if f is not None] in ([FIRST], [SECOND], []), "at most the line beside it goes along"
+        journal.append("three", FIRST)
+    with Journal(path) as journal:
+        assert [journal.get("one"), journal.get("two"), journal.get("three")] == [*found, FIRST]
 
 
 SMALL_DISK = """

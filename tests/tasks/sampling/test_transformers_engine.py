@@ -1,5 +1,7 @@
 """The decode loop against plain one-sequence decoding without cache, padding or batching."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -16,6 +18,7 @@ from quant.grids.scheme import Scheme
 from quant.student.linear import convert, prepare, quantized_linears
 from quant.student.sites import quantizers_disabled
 from tasks.checkpoints.models import load_model
+from tasks.runtime.stage import StageError
 from tasks.sampling import decoding
 from tasks.sampling.draws import uniform_streams
 from tasks.sampling.engine import Completion, EngineOptions, Request, SamplingParams
@@ -261,6 +264,20 @@ def test_load_weights_and_open_engine(make_model_folder) -> None:
     engine.close()
     with pytest.raises(ValueError, match="no engine 'tgi': take 'transformers' or 'vllm'"):
         open_engine("tgi", folder, EngineOptions(128))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.1.mlp.down_proj", "layers.0.input_layernorm", "model.norm"])
+def test_weights_that_are_not_finite_are_told(where: str, bad: float) -> None:
+    model = make_model("qwen2")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if where in name:
+                parameter.view(-1)[5] = bad
+    engine, pair = TransformersEngine(model, 0), ((5, 6, 7), (0, 1))
+    for ask in (lambda: engine.generate([Request((0, 5, 0), 1)], GREEDY_8), lambda: engine.loglikelihood([pair])):
+        with pytest.raises(StageError, match="the model's logits are not finite"):
+            ask()
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from tasks.judging.code_tests import CodeTest, parse_tests
 from tasks.judging.math_answer import answer_part
 from tasks.judging.sandbox import Limits, Sandbox
 
-_FENCE = re.compile(r"^[ \t]*`{3,}[ \t]*([^`\s]*)[^`\n]*$", re.MULTILINE)
+# Possessive, so that each line is read once.
+_FENCE = re.compile(r"^[ \t]*+`{3,}+[ \t]*+([^`\s]*+)[^`\n]*+$", re.MULTILINE)
 _PYTHON = {"python", "python3", "py"}
 
-ErrorKind = Literal["no_code", "wrong_answer", "failed", "timeout", "output_limit"]
+ErrorKind = Literal["no_code", "wrong_answer", "failed", "timeout", "slept", "output_limit"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class CodeVerdict:
 
     @property
     def timed_out(self) -> bool:
-        """Whether a test ran out of processor or wall time."""
-        return self.error_kind == "timeout"
+        """Whether a test ran out of processor time, or slept too long."""
+        return self.error_kind in ("timeout", "slept")
 
 
 def final_program(text: str) -> str | None:
@@ -90,7 +91,7 @@ class CodeGrader(AbstractContextManager["CodeGrader"]):
     Args:
         num_workers: programs that run at the same time.
         limits: of each test's run.
-        unsafe: without a sandbox, with the caller's rights; marked in each verdict.
+        unsafe: where no sandbox works, without one, with the caller's rights; marked in each verdict.
 
     Raises:
         ValueError: there is no sandbox on this machine; the message names the remedy.
@@ -145,5 +146,5 @@ class CodeGrader(AbstractContextManager["CodeGrader"]):
     def _error(self, program: str, test: CodeTest) -> ErrorKind | None:
         run = self._sandbox.run(program, test.stdin, test.max_output_bytes, test.fn_name)
         if run.end != "exited":
-            return run.end
+            return "failed" if run.end == "killed" else run.end
         return None if test.passed_by(run.output) else "wrong_answer"

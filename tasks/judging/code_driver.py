@@ -25,6 +25,8 @@ STAR_IMPORTS = (
 )
 NAMED_IMPORTS = tuple(name for name in STAR_IMPORTS if name not in ("builtins", "typing"))
 RECURSION_LIMIT = 50_000
+# The digits of an integer that Python reads or prints (lcb_runner/evaluation/compute_code_generation_metrics.py).
+MOST_DIGITS = 50_000
 
 
 def main(path: str, limits: str, function: str) -> None:
@@ -68,6 +70,7 @@ def _module(name: str) -> types.ModuleType:
         exec(f"from {imported} import *", module.__dict__)
     module.__dict__.update({imported: importlib.import_module(imported) for imported in NAMED_IMPORTS})
     sys.setrecursionlimit(RECURSION_LIMIT)
+    sys.set_int_max_str_digits(MOST_DIGITS)
     sys.argv = ["solution.py"]
     return module
 

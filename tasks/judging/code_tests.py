@@ -9,12 +9,16 @@ They come as JSON, a list of {"input": str, "output": str, "type": "stdin" | "fu
 
 import json
 from decimal import Decimal
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, model_validator
 
+from tasks.judging.code_driver import MOST_DIGITS
+
 # How much longer than the expected output an output may be before it is hopeless: other white space, longer decimals.
 _SPARE_FACTOR, _SPARE_BYTES = 4, 65_536
+# Below the least limit that Python can be set to.
+_DIGITS_AT_ONCE = 640
 
 
 class CodeTest(BaseModel):
@@ -34,7 +38,7 @@ class CodeTest(BaseModel):
                 raise ValueError(f"a functional test needs the name of a function in fn_name, not {self.fn_name!r}")
             try:
                 for line in (self.output, *self._argument_lines):
-                    json.loads(line)
+                    _value(line)
             except ValueError as error:
                 raise ValueError(f"a functional test's output and lines of input must be JSON: {error}") from None
         elif self.fn_name:
@@ -46,7 +50,7 @@ class CodeTest(BaseModel):
         """What the program is given: the input as it is, or the arguments of the function as a JSON list."""
         if self.type == "stdin":
             return self.input
-        return json.dumps([json.loads(line) for line in self._argument_lines])
+        return f"[{', '.join(self._argument_lines)}]"
 
     @property
     def _argument_lines(self) -> list[str]:
@@ -90,9 +94,25 @@ def same_lines(output: str, expected: str) -> bool:
 def same_value(output: str, expected: str) -> bool:
     """Equal as JSON values in Python's sense (1 is 1.0, and True), so that tuples are lists; grade_call_based."""
     try:
-        return bool(json.loads(output) == json.loads(expected))
+        return bool(_value(output) == _value(expected))
     except (ValueError, RecursionError):
         return False  # no result, two results, or a monster
+
+
+def _value(text: str) -> Any:
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    """An integer of as many digits as programs may print, whatever Python's own limit in this process."""
+    if len(digits) > MOST_DIGITS + 1:
+        raise ValueError(f"an integer of more than {MOST_DIGITS} digits")
+    if len(digits) <= _DIGITS_AT_ONCE:
+        return int(digits)
+    if digits.startswith("-"):
+        return -_integer(digits[1:])
+    half = len(digits) // 2
+    return _integer(digits[:-half]) * 10**half + _integer(digits[-half:])
 
 
 def _lines(text: str) -> list[str]:

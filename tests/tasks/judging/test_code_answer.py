@@ -1,6 +1,7 @@
 """Programs from responses, tests from JSON, verdicts from both."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.judging.code_answer import CodeGrader, CodeVerdict, final_program, published_program
+from tasks.judging import sandbox
+from tasks.judging.code_answer import CodeGrader, CodeVerdict, final_program, last_program, published_program
 from tasks.judging.code_tests import parse_tests, same_lines, same_value
 from tasks.judging.sandbox import why_unavailable
 
@@ -256,7 +258,81 @@ def test_from_several_threads_at_once(grader: CodeGrader) -> None:
     assert found == [True] * 4
 
 
-def test_unsafe_is_marked_in_every_verdict() -> None:
+@needs_sandbox
+def test_unsafe_takes_a_sandbox_where_there_is_one() -> None:
+    with CodeGrader(unsafe=True) as grader:
+        assert [verdict.sandboxed for verdict in grader.grade([respond("print(int(input()) * 2)")], [DOUBLE])] == [True]
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("program", "given", "expected"),
+    [
+        ("print(2 ** int(input()))", "20000", 2**20000),
+        ("print(int(input()) % 7)", "1" * 50_000, None),
+        ("print(int(input()) ** 2)", "-" + "7" * 20_000, None),
+    ],
+    ids=["printed", "read", "both"],
+)
+def test_integers_may_be_as_long_as_in_livecodebench(
+    grader: CodeGrader, long_integers: None, program: str, given: str, expected: int | None
+) -> None:
+    right = {"% 7": int(given) % 7, "** 2": int(given) ** 2 if len(given) > 9 else 0}
+    answer = expected or next(value for mark, value in right.items() if mark in program)
+    (verdict,) = grader.grade([respond(program)], [stdin_tests((given, f"{answer}\n"))])
+    assert verdict.correct
+
+
+@needs_sandbox
+def test_functions_take_and_return_long_integers(grader: CodeGrader, long_integers: None) -> None:
+    number = 10**9999 + 1
+    tests = [
+        {"input": str(number), "output": str(number + off), "type": "functional", "fn_name": "f"} for off in (1, 2)
+    ]
+    program = respond("def f(n): return n + 1")
+    found = grader.grade([program] * 2, [json.dumps([test]) for test in tests])
+    assert [verdict.correct for verdict in found] == [True, False]
+
+
+def test_values_are_compared_whatever_this_process_may_convert() -> None:
+    assert same_value("1" * 40_000, "1" * 40_000)
+    assert not same_value("1" * 40_000, "1" * 39_999 + "2")
+    assert same_value("-" + "12345" * 2_000 + ".0", "-1e5") is False
+    assert not same_value("1" * 60_000, "1" * 60_000)  # more than programs may print
+
+
+@pytest.fixture
+def long_integers() -> Iterator[None]:
+    """This test itself writes long integers."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    yield
+    sys.set_int_max_str_digits(before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```" + "=" * 500_000 + "`",
+        "```" + " " * 500_000 + "`",
+        "`" * 500_000 + "=",
+        " \t" * 250_000 + "```",
+        ("```" + "=" * 99 + "`\n") * 5_000,
+        "```python\n" * 50_000,
+        "```\n" * 100_000,
+        "\n" * 500_000,
+    ],
+    ids=["language", "blanks", "ticks", "indented", "lines", "openings", "fences", "empty"],
+)
+def test_programs_are_found_in_linear_time(text: str) -> None:
+    start = time.process_time()
+    last_program(text)
+    published_program(text)
+    assert time.process_time() - start < 2
+
+
+def test_unsafe_is_marked_in_every_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "why_unavailable", lambda: "this machine has none")
     with CodeGrader(unsafe=True) as grader:
         verdicts = grader.grade([respond("print(int(input()) * 2)"), "cut off"], [DOUBLE] * 2)
     assert [(verdict.correct, verdict.sandboxed) for verdict in verdicts] == [(True, False), (False, False)]

@@ -209,10 +209,10 @@ EXCESSES = {
         "while True: pass",
         "timeout",
     ),
-    "sleep": ("import time\ntime.sleep(1000)", "timeout"),
-    "sleep with stdout closed": ("import os, time\nos.close(1)\ntime.sleep(1000)", "timeout"),
-    "stopped": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "timeout"),
-    "dripping output": ("import time\nwhile True:\n    print(end=' ', flush=True)\n    time.sleep(0.01)", "timeout"),
+    "sleep": ("import time\ntime.sleep(1000)", "slept"),
+    "sleep with stdout closed": ("import os, time\nos.close(1)\ntime.sleep(1000)", "slept"),
+    "stopped": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "slept"),
+    "dripping output": ("import time\nwhile True:\n    print(end=' ', flush=True)\n    time.sleep(0.01)", "slept"),
     "memory": ("x = bytearray(2**30)", "failed"),
     "memory in small pieces": ("x = [bytes(100000) for _ in range(10**7)]", "failed"),
     "memory of an integer": ("x = 1 << 2**40", "failed"),
@@ -238,7 +238,8 @@ EXCESSES = {
     ),
     "huge file": ("open('/tmp/x', 'wb').write(bytes(2**25))", "failed"),
     "full /tmp": ("for n in range(100): open(f'/tmp/{n}', 'wb').write(bytes(2**20))", "failed"),
-    "many files": ("for n in range(10**9): open(f'/tmp/{n}', 'w').close()", "timeout"),
+    "many files": ("for n in range(10**9): open(f'/tmp/{n}', 'w').close()", "failed"),
+    "many folders": ("import os\nfor n in range(10**9): os.mkdir(f'/tmp/{n}')", "failed"),
     "many descriptors": ("x = [open('/dev/null') for _ in range(10**4)]", "failed"),
     "deep recursion": ("def f(n): return f(n + 1) + 1\nf(0)", "failed"),
     "deep recursion in C": ("x = []\nfor _ in range(10**6): x = [x]\nrepr(x)", "failed"),
@@ -247,7 +248,7 @@ EXCESSES = {
     "abort": ("import os\nos.abort()", "failed"),
     "kill everybody": ("import os, signal\nos.kill(-1, signal.SIGKILL)", "failed"),
     "kill the parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nwhile True: pass", "timeout"),
-    "end by SIGKILL": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "timeout"),
+    "end by SIGKILL": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "failed"),
     "higher limits": (
         "import resource\nfor n in range(16):\n    try: resource.setrlimit(n, (-1, -1))\n"
         "    except (OSError, ValueError): pass\nx = bytearray(2**30)",
@@ -278,7 +279,7 @@ def test_no_more_than_its_share(excess_verdicts: dict[str, CodeVerdict], name: s
     verdict, error = excess_verdicts[name], EXCESSES[name][1]
     assert not verdict.correct
     assert verdict.num_passed == 0
-    # A busy machine may be too slow for another end than this one.
+    # What takes all of its time may reach its limit before another.
     assert verdict.error_kind in (error, "timeout")
 
 

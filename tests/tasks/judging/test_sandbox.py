@@ -16,7 +16,9 @@ needs_sandbox = pytest.mark.skipif(why_unavailable() is not None, reason=str(why
 
 
 @pytest.fixture(params=[pytest.param(False, marks=needs_sandbox), True], ids=["sandbox", "unsafe"])
-def box(request: pytest.FixtureRequest) -> Sandbox:
+def box(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    if request.param:
+        monkeypatch.setattr(sandbox, "why_unavailable", lambda: "this machine has none")
     return Sandbox(Limits(cpu_seconds=1), unsafe=request.param)
 
 

@@ -59,10 +59,30 @@ ESCAPES = {
     "a device": "import os\nos.mknod('/tmp/x', 0o020666, 0x101)",
     "the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
     "the host's name": "import socket\nsocket.sethostname('x')",
+    "a device's mode": "import os\nos.chmod('/dev/null', os.stat('/dev/null').st_mode & 0o7777)",
+    "a device's times": "import os\nos.utime('/dev/zero')",
+    "a device's owner": "import os\nos.chown('/dev/urandom', -1, os.stat('/dev/urandom').st_gid)",
+    "asynchronous input": "libc('syscall', IO_SETUP, 8, ctypes.byref(ctypes.c_ulong()))",
+    "watches": "libc('inotify_init1', 0)",
+    "watches of all": "libc('fanotify_init', 0, 0)",
+    "another's descriptor": "libc('syscall', 438, libc('syscall', 434, 1, 0) or 3, 0, 0)",
+    "handles of processes": "libc('syscall', 434, 1, 0)",
+    "a lease": "import fcntl\nfcntl.fcntl(open(json.__file__), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "a notice": "import fcntl, os\nfcntl.fcntl(os.open('/usr', 0), fcntl.F_NOTIFY, fcntl.DN_ACCESS)",
+    "a lock": "import fcntl\nfcntl.flock(open(json.__file__), fcntl.LOCK_EX)",
+    "a lock of a part": "import fcntl\nfcntl.lockf(open(json.__file__), fcntl.LOCK_SH)",
+    "a larger pipe": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], fcntl.F_SETPIPE_SZ, 2**20)",
+    "the mounts": "libc('syscall', 458, MOUNTS, (ctypes.c_uint64 * 8)(), 8, 0)",
+    "a mount's state": "libc('syscall', 457, MOUNTS, (ctypes.c_uint64 * 64)(), 512, 0)",
+    "a copy of a mount": "libc('syscall', 428, -100, b'/tmp', 0)",
+    "timers": "libc('timerfd_create', 0, 0)",
+    "events": "libc('eventfd', 0, 0)",
+    "another personality": "libc('personality', 0)",
     "a terminal's input": "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSTI, b'x')",
 }
 ESCAPE_TOOLS = """
 import ctypes, json
+MOUNTS = (ctypes.c_uint64 * 3)(24, 2**64 - 1, 0)  # struct mnt_id_req: its size, the root
 def libc(name, *arguments):
     library = ctypes.CDLL(None, use_errno=True)
     if getattr(library, name)(*arguments) < 0:
@@ -88,6 +108,7 @@ ATTEMPT_ALL = ESCAPE_TOOLS + dedent(
 HARMLESS = (
     *("loopback", "unix socket", "abstract unix socket", "netlink", "the grader's source", "a file of the caller's"),
     *("the passwords", "the home", "anonymous files", "a link to the outside"),
+    *("asynchronous input", "watches", "handles of processes", "a lease", "a lock", "timers", "events"),
 )
 
 
@@ -115,6 +136,7 @@ def reached(box: Sandbox, tmp_path: Path, attempts: dict[str, str]) -> list[str]
             "HOME": [str(path) for path in (*home.iterdir(), Path(__file__)) if path not in isolation.python().parents],
             "KEYCTL": 250 if x86 else 219,
             "BPF": 321 if x86 else 280,
+            "IO_SETUP": 206 if x86 else 0,
         }
         run = box.run(ATTEMPT_ALL, json.dumps({"attempts": attempts, "names": names}), 10_000)
     assert run.end == "exited"
@@ -126,8 +148,9 @@ def test_nothing_outside_is_reached(box: Sandbox, tmp_path: Path) -> None:
     assert reached(box, tmp_path, ESCAPES) == ["done"]
 
 
-def test_without_the_sandbox_it_would_be(tmp_path: Path) -> None:
+def test_without_the_sandbox_it_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The attempts are sound: those that are harmless succeed where nothing holds them."""
+    monkeypatch.setattr(sandbox, "why_unavailable", lambda: "this machine has none")
     attempts = {name: ESCAPES[name] for name in HARMLESS}
     assert reached(Sandbox(unsafe=True), tmp_path, attempts) == [*HARMLESS, "done"]
 
@@ -146,6 +169,35 @@ def test_only_python_and_numpy_are_there(box: Sandbox) -> None:
     assert set(eval(lines[0].split("] ", 1)[1])) <= {"numpy", "numpy.libs"}
     variables = ["HOME", "LC_ALL", "OPENBLAS_NUM_THREADS", "PWD", "PYTHONHASHSEED", "PYTHONPATH"]
     assert lines[1] == f"{variables} 65534 [] False ['null', 'stdin', 'urandom', 'zero']"
+
+
+def test_of_the_machines_libraries_only_those_are_there_that_python_loads(box: Sandbox) -> None:
+    program = "import os\nprint([os.path.join(d, n) for d, _, names in os.walk('/usr') for n in names])"
+    found = eval(box.run(program, "", 100_000).output)
+    python_prefix = str(isolation.python().parent.parent)
+    assert any("libc." in path for path in found)
+    assert [path for path in found if ".so" not in path and not path.startswith(f"{python_prefix}/")] == []
+    assert len(found) < 200 or python_prefix == "/usr"
+
+
+def test_the_machines_devices_stay_as_they_are(box: Sandbox) -> None:
+    before = [os.stat(path) for path in ("/dev/null", "/dev/zero", "/dev/urandom")]
+    program = dedent(
+        """
+        import os
+        for path in ("/dev/null", "/dev/zero", "/dev/urandom"):
+            for change in (lambda: os.chmod(path, 0o666), lambda: os.utime(path, (0, 0)), lambda: os.truncate(path, 0)):
+                try:
+                    change()
+                except OSError:
+                    pass
+        open(os.devnull, "w").write("x")
+        print(len(open("/dev/urandom", "rb").read(3)), open("/dev/zero", "rb").read(1))
+        """
+    )
+    assert box.run(program, "", 100).output == b"3 b'\\x00'\n"
+    after = [os.stat(path) for path in ("/dev/null", "/dev/zero", "/dev/urandom")]
+    assert [(s.st_mode, s.st_uid, s.st_mtime > 1) for s in after] == [(s.st_mode, s.st_uid, True) for s in before]
 
 
 def test_a_child_that_would_outlive_its_parent_cannot_be_had(box: Sandbox, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from flows.access import REPOSITORY, Access, AccessFile
 from flows.server import HOST, ServerError, own_server, page
 
 POOL = "local"
-STOP_SECONDS = 6.0
-"""For flow runs to stop their stages and tell the server so."""
-WORKER_STOP_SECONDS = 1.0
+STOP_SECONDS = 5.5
+"""For flow runs to stop their stages."""
+REPORT_SECONDS = 1.0
+"""For a worker to tell the server of flow runs that have ended; and then to end itself."""
 
 
 def serve(port: int, console: Console) -> None:
@@ -76,14 +78,20 @@ def _stop(worker: psutil.Process | None) -> None:
     if worker is None:
         return
     flow_runs, family = worker.children(), worker.children(recursive=True)
-    for group, seconds in ((flow_runs, STOP_SECONDS), ([worker], WORKER_STOP_SECONDS)):
-        for process in group:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        psutil.wait_procs(group, timeout=seconds)
+    if flow_runs:
+        _terminate(flow_runs, STOP_SECONDS)
+        time.sleep(REPORT_SECONDS)
+    _terminate([worker], REPORT_SECONDS)
     for process in [*family, worker]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _terminate(processes: list[psutil.Process], seconds: float) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(processes, timeout=seconds)
 
 
 def _prefect(environment: dict[str, str], *arguments: str) -> None:

@@ -41,13 +41,12 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         return answer["result"].get("value", answer)
 
-    def until(self, script: str, seconds: float = 60) -> Any:
+    def until(self, script: str, seconds: float = 60) -> None:
         """Wait until an expression is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.run(script)) is not False or not value:
+        while self.run(script) is not True:
             assert time.monotonic() < deadline, self.run("document.body.innerText")
             time.sleep(0.2)
-        return value
 
     def type_text(self, text: str) -> None:
         self.call("Input.insertText", text=text)

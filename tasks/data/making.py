@@ -25,7 +25,7 @@ from tasks.data.hub import commit_of, hub_table
 from tasks.data.mapping import to_example
 from tasks.data.tables import Columns, Files, Table
 from tasks.data.values import Dropped, Note
-from tasks.data.wording import MOST_CHARS, shorten
+from tasks.data.wording import MOST_CHARS, listed, shorten
 from tasks.runtime.stage import Context, Metrics, StageError
 
 MOST_ROWS = 20_000_000
@@ -108,6 +108,8 @@ def make_dataset(config: DatasetConfig, context: Context) -> Metrics:
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     (context.output / "dataset.json").write_text(text, encoding="utf-8")
     context.progress(len(chosen), len(chosen), unit="row")
+    for text in _remarks(source, counts):
+        context.note(text)
     reasons = {f"dropped_{reason}": num for reason, num in sorted(counts.dropped.items())}
     with_response = sum(bool(example.response) for example in chosen)
     return {**totals, "num_with_response": with_response, **reasons, **dict(sorted(source.notes.items()))}
@@ -142,6 +144,18 @@ def _open(config: DatasetConfig, promised: str | None) -> _Source:
     facts["licence"] = LICENCES.get(preset or "", "see the source")
     notes: Counter[Note] = Counter()
     return _Source(_examples(rows, table, fields, kinds, notes), facts, notes, digest)
+
+
+def _remarks(source: _Source, counts: _Counts) -> Iterator[str]:
+    """What was left out, in the words of a note."""
+    if counts.dropped:
+        reasons = ", ".join(f"{num} as {reason}" for reason, num in counts.dropped.most_common())
+        yield shorten(f"{counts.dropped.total()} of {counts.read} rows dropped: {reasons}", MOST_CHARS)
+    for changed, num in sorted(source.notes.items()):
+        yield f"{changed.replace('_', ' ')} in {num} rows"
+    fields, unused = source.facts.get("fields", {}), source.facts.get("columns_unused")
+    if unused and not fields.get("response") and not fields.get("text"):
+        yield f"no column known for responses; not used: {listed(unused)}; set response_field if one of them is it"
 
 
 def _recognised(columns: Columns) -> str | None:

@@ -74,6 +74,11 @@ class Context:
         if self.sink is not None:
             self.sink({"done": done, "total": total, "unit": unit, "info": info})
 
+    def note(self, text: str) -> None:
+        """Tell whoever watches, in a line of its own, what a user should know though the stage goes on."""
+        if (note := getattr(self.sink, "note", None)) is not None:
+            note(text)
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -232,3 +232,32 @@ def test_filters_are_counted_by_option(make):
     rows = [{"problem": "p" * n, "answer": "4", "level": n} for n in range(1, 6)]
     _, description, _ = make(*rows, max_prompt_chars=3, tiers=["1", "2"])
     assert description["filtered_by"] == {"max_prompt_chars": 2, "tiers": 1}
+
+
+class Sink:
+    """Whoever watches a stage."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def __call__(self, progress) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    "rows, note",
+    [
+        ([{"messages": [USER, ANSWER]}, DROPPED["multi_turn"]], "1 of 2 rows dropped: 1 as multi_turn"),
+        ([{"messages": [SYSTEM, USER, ANSWER]}], "system messages left out in 1 rows"),
+        ([{"question": "q", "answer": "4", "r1_trace": "t"}], "no column known for responses; not used: r1_trace"),
+        ([{"question": "q", "answer": "4", "response": "t"}], None),
+    ],
+)
+def test_what_is_left_out_is_told_to_whoever_watches(tmp_path, rows, note):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sink = Sink()
+    dataset(DatasetConfig(source=str(tmp_path / "a.jsonl")), Context(tmp_path, tmp_path, sink=sink))
+    assert [text.startswith(note or "?") for text in sink.notes] == [True] * (note is not None)

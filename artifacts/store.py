@@ -38,7 +38,7 @@ from artifacts.temporary import TemporaryFolders
 
 FOLDERS = ("objects", "records", "code", "tmp", "locks", "work", "quarantine")
 TELEMETRY_KIND = "telemetry"
-MOST_CANDIDATES = 8  # shown when a prefix is ambiguous
+MOST_CANDIDATES = 5  # shown when a prefix is ambiguous
 
 logger = logging.getLogger(__name__)
 

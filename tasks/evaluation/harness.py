@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from artifacts import scratch as midstage
 from tasks.checkpoints.models import load_tokenizer
 from tasks.data.benchmarks import TaskKind
 from tasks.evaluation import lighteval_compat as lighteval
@@ -144,11 +145,13 @@ def run(
     rows: list[dict[str, Any]] = []
     means: list[dict[str, float]] = []
     start = time.perf_counter()
-    with lighteval.isolated(scratch / "datasets"):
+    folder = scratch / "lighteval"
+    midstage.remove(folder)  # of what a killed run left, the journal alone is checked, and read
+    with lighteval.isolated(folder / "datasets"):
         for seed, questions in evaluation.questions.items():
-            task = answer_task(config.name, config.kind, questions, scratch / "questions" / str(seed), timed_score)
+            task = answer_task(config.name, config.kind, questions, folder / "questions" / str(seed), timed_score)
             model = EngineModel(sampler, evaluation.prompts, seed, tally)
-            details, seed_means = run_pipeline(task, model, scratch / "lighteval")
+            details, seed_means = run_pipeline(task, model, folder / "output")
             rows += [records.sample_row(detail.doc, detail.model_response, seed) for detail in details]
             means.append(seed_means)
     sampling_seconds = time.perf_counter() - start - timed_score.seconds

@@ -147,7 +147,9 @@ def test_nothing_leaves_the_scratch_folder_or_the_machine(run, reciting_engine, 
     expected = random.Random(7).random(), np.random.RandomState(7).random_sample()
     run(reciting_engine())
     assert {path.name for path in tmp_path.iterdir()} == {"data", "scratch"}
-    assert list((tmp_path / "scratch" / "datasets").rglob("*.arrow")), "the data set was not cached in scratch"
+    assert list((tmp_path / "scratch" / "lighteval" / "datasets").rglob("*.arrow")), (
+        "the data set was not cached in scratch"
+    )
     assert (random.random(), np.random.random_sample()) == expected, "global random states were not kept"
     assert torch.is_grad_enabled()
 

@@ -10,7 +10,6 @@ the retries are recorded in ptq_report.json; then the stage fails.  The referenc
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -112,11 +111,13 @@ def ptq_init(config: PTQInitConfig, context: Context, *, base: Path, calibration
 def check_fits(config: PTQInitConfig, base: Path) -> None:
     """Raise StageError if the method cannot do the model's sizes, or a group size does not divide them.
 
-    Reads config.json alone, so that it can be asked before any compute is spent.
+    Reads no weights, so that it can be asked before any compute is spent.
     """
+    from tasks.checkpoints.folders import read_model_folder
+
     (method, options), scheme = config.parsed_method(), config.parsed_scheme()
+    shape = DecoderShape.from_config(read_model_folder(base).config)
     try:
-        shape = DecoderShape.from_config(json.loads((base / "config.json").read_text()))
         for in_features in shape.in_features:
             scheme.num_groups(in_features)
         if method.rewrites and (rewrite := method.block_method(options).rewrite):

@@ -13,8 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quant.grids.scheme import Scheme
+from tasks.checkpoints.folders import scheme_name
 from tasks.checkpoints.import_model import folder_digest, import_folder
 from tasks.checkpoints.models import load_model, load_tokenizer
+from tasks.checkpoints.stream import CheckpointStream
+from tasks.ptq_init import PTQInitConfig, check_fits
 from tasks.runtime.stage import StageError
 
 Damage = Callable[[Path], Any]
@@ -318,6 +322,24 @@ def test_what_is_no_model_is_one_short_message(make_model_folder, tmp_path, name
         enter(folder, tmp_path / "output")
     message = str(error.value)
     assert names in message and len(message) <= 300 and "\n" not in message, message
+
+
+@pytest.mark.parametrize("damage", [damage for _, damage in REFUSED.values()], ids=REFUSED)
+def test_other_doors_say_so_too_or_do_not_mind(make_model_folder, damage):
+    folder = make_model_folder("qwen3")
+    damage(folder)
+    doors = (
+        lambda: load_model(folder, torch.float32),
+        lambda: load_tokenizer(folder),
+        lambda: check_fits(PTQInitConfig(scheme="W4", method="rtn"), folder),
+        lambda: scheme_name(folder),
+        lambda: CheckpointStream(folder, folder, Scheme.parse("W4"), "cpu"),
+    )
+    for door in doors:
+        try:
+            door()
+        except StageError as error:
+            assert len(str(error)) <= 300 and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("damage", LOADS.values(), ids=LOADS)

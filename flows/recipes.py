@@ -173,6 +173,10 @@ def configured(name: str, overrides: Sequence[str], branches: Sequence[str], che
     if checkpoint is None:
         return run
     ref = Store().resolve(checkpoint)
+    if ref.kind != "checkpoint":
+        raise ConfigError(
+            f"{ref.kind}:{ref.short} is no checkpoint: give the digest of one, as `reasoning-qat ls` shows"
+        )
     first = next(iter(run.branches.values()))
     evaluation = first.model_dump(include={"test_data", "evaluate", "benchmarks", "benchmark_data"})
     branch = BranchConfig(checkpoint=ref.digest, **evaluation)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from artifacts.refs import Ref
 from artifacts.store import Store
-from flows.branches import BranchConfig
 from flows.config import RunConfig
 from flows.graph import Graph, evaluation_roles
+from tasks.checkpoints.folders import scheme_name
 from tasks.evaluation.config import EvaluateConfig
 from tasks.report import report
 from tasks.reporting import tables
@@ -32,7 +33,7 @@ def report_run(
     """The report stage of a finished run and its inputs: evaluations, test sets and training logs."""
     inputs: dict[str, Outcome] = {}
     branches = tuple(
-        _branch(run, label, graph, outcomes, inputs, command)
+        _branch(label, graph, outcomes, inputs, command, store)
         for label, roles in graph.roles.items()
         if evaluation_roles(roles)
     )
@@ -59,12 +60,7 @@ def _ref(identity: str, graph: Graph, outcomes: Mapping[str, Outcome]) -> str:
 
 
 def _branch(
-    run: RunConfig,
-    label: str,
-    graph: Graph,
-    outcomes: Mapping[str, Outcome],
-    inputs: dict[str, Outcome],
-    command: str,
+    label: str, graph: Graph, outcomes: Mapping[str, Outcome], inputs: dict[str, Outcome], command: str, store: Store
 ) -> ReportBranch:
     roles = graph.roles[label]
 
@@ -83,16 +79,12 @@ def _branch(
     checkpoint = _ref(graph.nodes[roles[pairs[0][0]]].inputs["checkpoint"], graph, outcomes)
     return ReportBranch(
         label=label,
-        scheme=_scheme(run.branches[label]),
+        scheme=scheme_name(store.folder(Ref.parse(checkpoint))),
         checkpoint=checkpoint.partition(":")[2],
         evaluations=tuple(evaluated(*pair) for pair in pairs),
         logs={role: artifact(role) for role, identity in roles.items() if graph.nodes[identity].stage.log},
         command=command.replace("BRANCH", shlex.quote(label)),
     )
-
-
-def _scheme(branch: BranchConfig) -> str:
-    return branch.ptq_init.scheme if branch.ptq_init is not None else "BF16"
 
 
 def print_ladder(folder: Path, console: Console) -> None:

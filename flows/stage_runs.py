@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from artifacts.refs import Ref
 from artifacts.store import Store
 from flows.graph import Node, build_graph, check_stage_names
 from flows.recipes import configured
@@ -71,6 +72,10 @@ def check_request(
         if node.stage.check is not None:
             node.stage.check(node.config)
     for branch in run.branches.values():
-        folder = local_folder(branch.base_model.model) if branch.base_model is not None else None
+        folder = None
+        if branch.base_model is not None:
+            folder = local_folder(branch.base_model.model)
+        elif branch.checkpoint is not None:
+            folder = store.folder(Ref("checkpoint", branch.checkpoint))
         if branch.ptq_init is not None and folder is not None:
             check_fits(branch.ptq_init, folder)

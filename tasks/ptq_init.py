@@ -113,10 +113,10 @@ def check_fits(config: PTQInitConfig, base: Path) -> None:
 
     Reads no weights, so that it can be asked before any compute is spent.
     """
-    from tasks.checkpoints.folders import read_model_folder
+    from tasks.checkpoints.folders import read_base_folder
 
     (method, options), scheme = config.parsed_method(), config.parsed_scheme()
-    shape = DecoderShape.from_config(read_model_folder(base).config)
+    shape = DecoderShape.from_config(read_base_folder(base).config)
     try:
         for in_features in shape.in_features:
             scheme.num_groups(in_features)

@@ -121,6 +121,18 @@ def _read(path: Path) -> ModelFolder:
     return ModelFolder(path, config, tensors)
 
 
+def read_base_folder(path: Path) -> ModelFolder:
+    """The folder of a full-precision model; StageError for one of our quantized checkpoints too."""
+    folder = read_model_folder(path)
+    if folder.is_quantized:
+        raise refused(
+            path,
+            f"it is a quantized checkpoint of ours ({scheme_name(path)})",
+            "give the model that it was made from, or go on from it with checkpoint=DIGEST and no ptq_init",
+        )
+    return folder
+
+
 def check_model_folder(path: Path) -> dict[str, Any]:
     """The parsed config.json of a folder that `read_model_folder` accepts."""
     return read_model_folder(path).config

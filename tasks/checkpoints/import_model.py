@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from artifacts.files import file_sha256
-from tasks.checkpoints.files import INDEX, refused, write_json
+from tasks.checkpoints.files import INDEX, write_json
 from tasks.checkpoints.folders import (
     CONFIG,
     CONFIG_FILES,
     TOKENIZER_FILES,
-    ModelFolder,
     model_files,
-    read_model_folder,
-    scheme_name,
+    read_base_folder,
 )
 from tasks.data.wording import first_line, shorten
 from tasks.runtime.stage import StageError
@@ -28,18 +26,6 @@ _BLOCK_BYTES = 2**24
 
 Progress = Callable[[int, int, str], None]
 """Bytes done, bytes in all, the file."""
-
-
-def read_base_folder(path: Path) -> ModelFolder:
-    """The folder of a full-precision model; StageError for one of our quantized checkpoints too."""
-    folder = read_model_folder(path)
-    if folder.is_quantized:
-        raise refused(
-            path,
-            f"it is a quantized checkpoint of ours ({scheme_name(path)}), not a full-precision model",
-            "start from it with checkpoint=DIGEST, or give the model that it was made from",
-        )
-    return folder
 
 
 def folder_digest(path: Path) -> str:

@@ -30,14 +30,14 @@ from quant.student.site_tensors import build_sites, is_site_tensor, online_tenso
 from quant.student.sites import attach, quantizers
 from quant.student.targets import check_group_size
 from quant.transforms.rewrite import RewriteFactory
-from tasks.checkpoints.files import INDEX, read_header, read_json, refused, write_json
+from tasks.checkpoints.files import INDEX, read_header, read_json, write_json
 from tasks.checkpoints.folders import (
     CONFIG,
     GENERATION_CONFIG,
     ONLINE_FILE,
     QAT_FOLDER,
     copy_tokenizer,
-    read_model_folder,
+    read_base_folder,
 )
 from tasks.checkpoints.models import write_scheme
 from tasks.checkpoints.skeleton import load_config, skeleton
@@ -56,9 +56,7 @@ class CheckpointStream:
         self, base: Path, scratch: Path, scheme: Scheme, device: str, rewrite: RewriteFactory | None = None
     ) -> None:
         self.base, self.scratch, self.scheme, self.device = base, scratch, scheme, device
-        folder = read_model_folder(base)
-        if folder.is_quantized:
-            raise refused(base, "it is quantized already", "give the full-precision checkpoint it was made from")
+        folder = read_base_folder(base)
         self.tensors = CheckpointTensors(base)
         self.config = load_config(folder)
         self.dtype: torch.dtype = getattr(torch, folder.dtype)

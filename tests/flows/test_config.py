@@ -179,3 +179,20 @@ def test_the_report_names_the_command_that_runs_a_row_again() -> None:
     from flows.reasoning_qat import again
 
     assert again("demo", ["a.b=[1, 2]"], None) == "reasoning-qat run demo --set 'a.b=[1, 2]' --branch BRANCH"
+
+
+def test_only_a_checkpoint_can_be_evaluated_by_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from artifacts.store import Store
+    from flows.recipes import configured
+
+    monkeypatch.setenv("REASONING_QAT_STORE", str(tmp_path / "store"))
+    store = Store()
+    refs = {}
+    for kind in ("dataset", "checkpoint"):
+        folder = store.new_folder()
+        (folder / "file").write_text(kind)
+        payload = {"stage": kind, "version": "1", "code": "", "config": {}, "inputs": {}}
+        refs[kind] = store.commit(folder, kind, store.key(payload), payload, {})
+    assert len(configured("tiny_w2g128", [], [], refs["checkpoint"].short).branches) == 1
+    with pytest.raises(ConfigError, match=r"dataset:\w+ is no checkpoint"):
+        configured("tiny_w2g128", [], [], refs["dataset"].short)

@@ -188,7 +188,7 @@ def test_our_own_quantized_checkpoint_is_no_base(make_model_folder, run, calibra
         with pytest.raises(StageError, match=rf"quantized checkpoint of ours \({scheme}\).*checkpoint=DIGEST") as error:
             enter(BaseModelConfig(model=str(quantized)))
         assert len(str(error.value)) <= 300
-    with pytest.raises(StageError, match="quantized already"):
+    with pytest.raises(StageError, match="quantized checkpoint of ours"):
         run(ptq_init, config, base=quantized, calibration=calibration)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,35 @@ def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
         assert name.startswith("tasks.evaluation.")
     if "vllm" in used:
         assert name in ("tasks.sampling.vllm_engine", "tasks.sampling.vllm_plugin")
+
+
+MODULE_NAMES = re.compile(r"_proj\b|layernorm|lm_head|embed_tokens|self_attn|model\.layers|\b[qk]_norm\b")
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if p != REPOSITORY / "quant" / "decoder.py"], ids=module_name)
+def test_one_file_knows_the_module_names_of_the_architectures(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    names = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    strings = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in prose)
+    names += [str(node.value) for node in strings if " " not in str(node.value)]  # messages may speak of them
+    assert not [name for name in names if MODULE_NAMES.search(name)], "take it from quant/decoder.py"
+
+
+QUANT_ROOMS = ("grids", "transforms", "student", "calibration", "methods")
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if p.parent.name in QUANT_ROOMS], ids=module_name)
+def test_rooms_of_quant_know_those_before_them(path: Path) -> None:
+    room = path.parent.name
+    before = QUANT_ROOMS[: QUANT_ROOMS.index(room) + 1]
+    used = {name.split(".")[1] for name in first_party(imports(path)) if name.startswith("quant.")}
+    assert used <= {"decoder", *before}, f"{room} imports {used}"
+
+
+def test_the_decoder_s_names_need_nothing() -> None:
+    used = imports(REPOSITORY / "quant" / "decoder.py")
+    assert not first_party(used) and not tops(used) & {"torch", "transformers"}
 
 
 def stage_modules() -> set[str]:

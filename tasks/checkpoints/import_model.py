@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from artifacts.files import file_sha256
@@ -20,6 +21,7 @@ from tasks.data.wording import first_line, shorten
 from tasks.runtime.stage import StageError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+ASK_SECONDS = 10
 SECTIONS = ("quantization_config", "compression_config", "auto_map")
 """Of config.json, which transformers does not let be null."""
 _BLOCK_BYTES = 2**24
@@ -60,6 +62,7 @@ def import_folder(path: Path, output: Path, progress: Progress) -> tuple[int, st
     return total, digest.hexdigest()
 
 
+@cache  # asked once per process, so that all of a run means the same
 def hub_commit(model: str, revision: str | None) -> str:
     """The commit that a hub model's revision (its default branch for None) is now; asks no network for a commit.
 
@@ -71,7 +74,7 @@ def hub_commit(model: str, revision: str | None) -> str:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        commit = HfApi().model_info(model, revision=revision).sha
+        commit = HfApi().model_info(model, revision=revision, timeout=ASK_SECONDS).sha
     except Exception as error:  # the network's errors are of a dozen kinds
         wanted = f"{model} at {revision or 'its default branch'}"
         cached = (

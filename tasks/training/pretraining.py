@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from quant.decoder import EMBEDDING
 from tasks.data.bundled_problems import bundled_drills, bundled_problems, bundled_stories
 from tasks.data.bundled_tokenizer import build_tokenizer
 from tasks.data.prompts import encode_example
@@ -30,9 +31,7 @@ def train_from_nothing(config: PretrainConfig, context: Context) -> Metrics:
     tokenizer = build_tokenizer()
     model = build_model(config, tokenizer).to(context.device)  # type: ignore[arg-type]  # transformers wraps `to`
     objective = SFTObjective(model)
-    optimizers = muon_adam(
-        objective, config.loop, adam_pattern="embed_tokens", adam_learning_rate=config.adam_learning_rate
-    )
+    optimizers = muon_adam(objective, config.loop, adam_pattern=EMBEDDING, adam_learning_rate=config.adam_learning_rate)
     source = Curriculum(config, tokenizer)
     rows = train(
         objective,

@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 import tasks.base_model
 from tasks.base_model import BaseModelConfig, base_model, source_digest
+from tasks.checkpoints.import_model import hub_commit
 from tasks.checkpoints.models import check_model_folder
 from tasks.runtime.stage import Context, StageError
 
@@ -70,7 +71,7 @@ class Hub:
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
 
-    def model_info(self, model: str, revision: str | None = None) -> SimpleNamespace:
+    def model_info(self, model: str, revision: str | None = None, timeout: float | None = None) -> SimpleNamespace:
         self.asked.append(revision)
         if revision not in self.commits:
             raise OfflineModeIsEnabled("Cannot reach https://huggingface.co: offline mode is enabled.")
@@ -88,6 +89,7 @@ def hub_cache(tmp_path, monkeypatch):
     """An empty one."""
     cached = partial(huggingface_hub.try_to_load_from_cache, cache_dir=tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    hub_commit.cache_clear()
     return tmp_path / "hub"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,14 +17,17 @@ from typing import Any
 
 
 class Ledger:
-    """Lines are written whole and flushed; a line cut off by a crash is skipped by every reader."""
+    """Lines are written whole and flushed, each with its checksum; a line cut off by a crash, or damaged since, is
+    skipped by every reader.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, event: str, **fields: Any) -> None:
         """Add one line: UTC time, name of the event, `fields` (JSON data). Raises OSError on a full disk."""
-        line = json.dumps({"time": now(), "event": event, **fields}, sort_keys=True).encode() + b"\n"
+        data = {"time": now(), "event": event, **fields}
+        line = json.dumps(data | {"sha256": _checksum(data)}, sort_keys=True).encode() + b"\n"
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -39,17 +43,21 @@ class Ledger:
             os.close(descriptor)  # closing frees the lock
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Every readable line, oldest first; none if nothing was written yet."""
+        """Every sound line, oldest first; none if nothing was written yet."""
         if not self.path.exists():
             return
         with self.path.open("rb") as lines:
             for line in lines:
                 try:
                     event = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
-                if isinstance(event, dict):
+                if isinstance(event, dict) and event.pop("sha256", None) == _checksum(event):
                     yield event
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def now() -> str:

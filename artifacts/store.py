@@ -64,11 +64,12 @@ class Store:
             raise ValueError(f"a key payload has the fields {records.PAYLOAD_FIELDS}, not {tuple(payload)}")
         return digest(payload)
 
-    def lookup(self, key: str, full: bool = False) -> Record | None:
+    def lookup(self, key: str, full: bool = False, again: bool = False) -> Record | None:
         """The record of `key` if its artifact is sound (manifest and sizes; `full`: every byte), else None.
 
         A damaged or deleted artifact is noted in the ledger; `explain` tells why.  With `full`, what is damaged is also
-        set aside and told, so that the stage that is run now has the place to itself.
+        set aside and told, so that the stage that is run now has the place to itself; what is missing is told too,
+        unless the caller asks `again`.
         """
         record, reason = self._inspect(key, full)
         if reason and reason != "no record" and (key, reason) not in self._reported:
@@ -77,7 +78,7 @@ class Store:
                 self.ledger.append("damaged", key=key, reason=reason)
                 if full and record is None:
                     move_aside(self._records.path(key), self.root / "quarantine" / "records" / key)
-            if full and not (record and self.quarantine(record.ref, reason)):
+            if full and not (record and self.quarantine(record.ref, reason)) and not again:
                 logger.warning("%s (record %s): the stage runs again", brief(reason), key[:12])
         return None if reason else record
 

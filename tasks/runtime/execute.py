@@ -97,15 +97,16 @@ class Outcome:
     """What the user should know of this execution, a line each."""
 
 
-def find_cached(run: StageRun) -> Outcome | None:
+def find_cached(run: StageRun, again: bool = False) -> Outcome | None:
     """The cache hit of this run, every byte of it verified, or None; a forced run never hits.
 
-    What is damaged is set aside, so that the run which asks makes it again before anything reads it.
+    What is damaged is set aside, so that the run which asks makes it again before anything reads it.  Who asks `again`
+    is not told a second time of what is missing.
     """
     if run.force:
         return None
     store = Store(run.store_root)
-    record = store.lookup(store.key(run.payload()), full=True)
+    record = store.lookup(store.key(run.payload()), full=True, again=again)
     return None if record is None else Outcome(record.ref, True, record.provenance.get("metrics", {}))
 
 
@@ -120,7 +121,7 @@ def execute(run: StageRun, report_to: Path | None = None) -> Outcome:
     key = store.key(payload)
     progress = Progress(report_to or progress_file(store.scratch(key)))
     with store.lock(key, on_wait=lambda owner: progress.note(f"waits for {described(owner)}, which runs this stage")):
-        if hit := find_cached(run):
+        if hit := find_cached(run, again=True):
             return hit
         scratch = store.scratch(key)
         telemetry = scratch / TELEMETRY_FOLDER

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def test_a_truncated_line_is_skipped_and_does_not_swallow_the_next(tmp_path: Pat
     ledger.path.write_bytes(ledger.path.read_bytes()[:-10])
     ledger.append("third")
     assert [event["event"] for event in ledger.events()] == ["first", "third"]
+
+
+def test_a_line_of_which_a_bit_flipped_is_skipped(tmp_path: Path, flip_bit: Callable[..., None]) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("first", text="kept")
+    ledger.append("second", text="lost")
+    size = ledger.path.stat().st_size
+    for place in range(size // 2, size - 1, 5):
+        flip_bit(ledger.path, place / (size - 1))
+        assert [event["event"] for event in ledger.events()][1:] in ([], ["second"])
+        assert all(event["text"] in ("kept", "lost") for event in ledger.events())
+        flip_bit(ledger.path, place / (size - 1))
+    flip_bit(ledger.path, 0.9)
+    assert [event["event"] for event in ledger.events()] == ["first"]
 
 
 def test_a_short_write_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import socket
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,20 +170,21 @@ def test_progress_that_cannot_be_read_is_none(tmp_path: Path, content: bytes) ->
 
 
 def test_a_second_run_of_the_same_key_says_whom_it_waits_for(store: Store) -> None:
-    run = upper_run(store, seconds=1.0)
-    first = multiprocessing.get_context("fork").Process(target=execute, args=(run,))
-    first.start()
-    while not (store.root / "locks" / f"{store.key(run.payload())}.lock").exists():
-        assert first.is_alive()
-    executor, seen = StageExecutor(jobs=1, num_threads=1), []
+    run, seen = upper_run(store), []
+    executor = StageExecutor(jobs=1, num_threads=1)
+    second = threading.Thread(target=lambda: executor.run(run, seen.append))
     try:
-        outcome = executor.run(run, seen.append)
+        with store.lock(store.key(run.payload())):
+            second.start()
+            deadline = time.monotonic() + 120
+            while not any(event.get("notes") for event in seen) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        second.join()
     finally:
         executor.close()
-        first.join()
-    assert outcome.cached, "what the first one made is taken"
     [note] = {note for event in seen for note in event.get("notes", [])}
-    assert note.startswith(f"waits for process {first.pid} on {socket.gethostname()} (") and len(note) <= 300
+    assert note.startswith(f"waits for process {os.getpid()} on {socket.gethostname()} (") and len(note) <= 300
+    assert execute(run).cached
 
 
 def test_workers_report_progress_raise_and_survive(store: Store) -> None:

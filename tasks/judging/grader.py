@@ -2,53 +2,47 @@
 
 A worker compares two answers, or finds the answer in a whole response and compares that.
 
-math-verify guards itself with SIGALRM, which cannot interrupt one big-integer operation (Math-Verify issue 65)
-and fails off the main thread. Here a worker is a fresh interpreter running this very file, which needs the
-standard library and math-verify only; requests and verdicts are lines of JSON on its stdin and stdout.
-The limit is processor time, enforced by the kernel, so that a busy machine does not turn right answers wrong;
-the parent kills a worker at a multiple of it in wall time.
+math-verify guards itself with SIGALRM, which cannot interrupt one big-integer operation (Math-Verify issue 65),
+fails off the main thread and goes by the clock. Here a worker is a fresh interpreter (math_worker.py); requests and
+verdicts are lines of JSON on its stdin and stdout. The limit is processor time, enforced by the kernel, so that a busy
+machine does not turn right answers wrong. A worker that is found asleep, or dies of anything else, is replaced and its
+task tried once more.
 """
 
 import json
 import math
 import os
-import select
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
+
+from tasks.judging import math_worker
+from tasks.judging.math_worker import MEMORY_BYTES, Kind, Pair, Reply
+from tasks.judging.watch import Watch
 
 # Importing sympy takes seconds, and much longer on a busy machine.
 STARTUP_SECONDS = 120.0
-# Address space of a worker; sympy itself needs about 0.3 GB of it.
-MEMORY_BYTES = 2 * 2**30
-# Wall time of a comparison, as a multiple of its processor time.
-WALL_FACTOR = 4
-# How often an idle worker looks whether its parent still lives.
-PARENT_CHECK_SECONDS = 2.0
-# Most characters of an extracted answer that a worker hands back.
-MAX_EXTRACTED_CHARS = 1000
+# Time that a comparison may sleep, and take where the kernel does not tell sleep, as multiples of its processor time.
+SLEEP_FACTOR, UNKNOWN_FACTOR = 4, 20
+# How often a comparison is looked at.
+_LOOK_SECONDS = 0.5
 
-Kind = Literal["answer", "statement", "response"]
-"""An answer; a text that may state one ("the answer is ..."); a response that is searched for anything like one."""
-Pair = tuple[str, str]
-"""(reference answer, text)."""
 Request = tuple[Kind, Sequence[Pair]]
 """Texts of one kind that are looked at within one limit."""
-Reply = tuple[bool, str | None]
-"""Whether the answer in the text is the reference, and that answer."""
 
 
 class _Worker:
-    """One interpreter; `task` is the index it works on and `deadline` when it is given up (time.monotonic)."""
+    """One interpreter; `task` is the index it works on."""
 
     def __init__(self, cpu_seconds: float) -> None:
-        self.wall_seconds = WALL_FACTOR * cpu_seconds
-        command = [sys.executable, "-P", __file__, str(os.getpid()), str(cpu_seconds)]
+        self.cpu_seconds = cpu_seconds
+        command = [sys.executable, "-P", math_worker.__file__, str(os.getpid()), str(cpu_seconds)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
@@ -57,7 +51,16 @@ class _Worker:
         self.received = b""
         self.ready = False
         self.task: int | None = None
-        self.deadline = time.monotonic() + STARTUP_SECONDS
+        self.watch: Watch | None = None
+        self._start, self._lost = time.monotonic(), False
+
+    def remaining(self) -> float:
+        """Seconds until it is given up, unless it works on."""
+        if self._lost:
+            return 0.0
+        if not self.ready:
+            return STARTUP_SECONDS - (time.monotonic() - self._start)
+        return math.inf if self.watch is None else self.watch.remaining()
 
     @property
     def stdin_fd(self) -> int:
@@ -66,7 +69,7 @@ class _Worker:
     def send(self, task: int, request: Request) -> None:
         """Start on a task."""
         self.task = task
-        self.deadline = time.monotonic() + self.wall_seconds
+        self.watch = Watch(self.process.pid, SLEEP_FACTOR * self.cpu_seconds, UNKNOWN_FACTOR * self.cpu_seconds)
         self.unsent = (json.dumps(request) + "\n").encode()
         self.flush()
 
@@ -77,7 +80,7 @@ class _Worker:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            self.unsent, self.deadline = b"", 0.0  # it has died: given up at once
+            self.unsent, self._lost = b"", True  # it has died: given up at once
 
     def receive(self) -> Any:
         """The next message, None if it is not complete yet; EOFError if the worker has died."""
@@ -129,13 +132,15 @@ class VerifierPool:
     def _run(self, requests: Sequence[Request]) -> list[list[Reply] | None]:
         replies: list[list[Reply] | None] = [None] * len(requests)
         with self._lock:
-            pending = deque(range(len(requests)))
+            pending, retried = deque(range(len(requests))), set[int]()
             while pending or any(worker.task is not None for worker in self._workers):
                 self._assign(requests, pending)
-                for worker in self._wait():
-                    self._collect(worker, replies)
-                for worker in [w for w in self._workers if time.monotonic() > w.deadline]:
-                    self._give_up(worker)
+                lost = [worker for worker in self._wait() if not self._collect(worker, replies)]
+                lost += [worker for worker in self._workers if worker not in lost and worker.remaining() <= 0]
+                for worker in lost:
+                    if self._give_up(worker) and worker.task is not None and worker.task not in retried:
+                        retried.add(worker.task)
+                        pending.append(worker.task)
         return replies
 
     def _assign(self, requests: Sequence[Request], pending: deque[int]) -> None:
@@ -158,30 +163,30 @@ class VerifierPool:
                 selector.register(worker, selectors.EVENT_READ, worker)
                 if worker.unsent:
                     selector.register(worker.stdin_fd, selectors.EVENT_WRITE, worker)
-            timeout = min(worker.deadline for worker in busy) - time.monotonic()
+            timeout = min(_LOOK_SECONDS, *(worker.remaining() for worker in busy))
             events = selector.select(max(timeout, 0))
         for key, _ in events:
             if key.events == selectors.EVENT_WRITE:
                 key.data.flush()
         return [key.data for key, _ in events if key.events == selectors.EVENT_READ]
 
-    def _collect(self, worker: _Worker, replies: list[list[Reply] | None]) -> None:
+    def _collect(self, worker: _Worker, replies: list[list[Reply] | None]) -> bool:
+        """Take what a worker says; False for one that has died."""
         try:
             message = worker.receive()
         except EOFError:
-            self._give_up(worker)
-            return
+            return False
         if message is None:
-            return
+            return True
         if worker.task is None:
             worker.ready = True
         else:
             replies[worker.task] = [tuple(reply) for reply in message]
-            worker.task = None
-        worker.deadline = math.inf
+            worker.task = worker.watch = None
+        return True
 
-    def _give_up(self, worker: _Worker) -> None:
-        """Kill a worker, leaving its task without a verdict; a new one is started when needed."""
+    def _give_up(self, worker: _Worker) -> bool:
+        """Kill a worker; a new one is started when needed. Whether anything else than its task may be to blame."""
         self._workers.remove(worker)
         worker.kill()
         if not worker.ready:
@@ -189,6 +194,7 @@ class VerifierPool:
                 "a math-verify worker did not start; check that `python -c 'import math_verify'` works with "
                 f"{sys.executable} within {STARTUP_SECONDS:.0f} s and {MEMORY_BYTES >> 30} GB of address space"
             )
+        return worker.process.returncode != -signal.SIGXCPU
 
     def close(self) -> None:
         """End the workers."""
@@ -196,64 +202,3 @@ class VerifierPool:
             for worker in self._workers:
                 worker.kill()
             self._workers.clear()
-
-
-def _serve(parent: int, cpu_seconds: float) -> None:
-    """The worker's loop. It ends with its parent: by end of file, by a look at the parent's id while idle,
-    and, when stuck in one long operation, by the limit on processor time."""
-    import resource
-
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # math-verify prints its parsing errors
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    # Our limits decide, so math-verify's own alarms must come later.
-    alarm_seconds = math.ceil(WALL_FACTOR * cpu_seconds) + 1
-
-    def expressions(kind: Kind, text: str) -> list[Any]:
-        """What math-verify finds: a box before anything else, and in a response the last expression if need be."""
-        last_resort = kind == "response"
-        targets = [
-            LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=last_resort),
-            ExprExtractionConfig(try_extract_without_anchor=last_resort),
-        ]
-        found = f"\\boxed{{{text}}}" if kind == "answer" else text
-        return parse(found, targets, parsing_timeout=alarm_seconds)
-
-    def reply(kind: Kind, gold: str, text: str) -> Reply:
-        found = expressions(kind, text)
-        # Five decimals for whole responses, as in the paper's harness; else math-verify's own default.
-        precision = 5 if kind == "response" else 6
-        equal = verify(expressions("answer", gold), found, precision, timeout_seconds=alarm_seconds)
-        extracted = next((str(part)[:MAX_EXTRACTED_CHARS] for part in found if isinstance(part, str)), None)
-        return bool(equal), extracted
-
-    def careful_reply(kind: Kind, gold: str, text: str) -> Reply:
-        try:
-            return reply(kind, gold, text)
-        except Exception:
-            return False, None  # what cannot be compared is not the answer
-
-    # Builds the regular expressions and the grammar's tables, before any limit applies.
-    warm = reply("answer", "\\frac{1}{2}", "0.5")
-    replies.write(json.dumps(warm) + "\n")
-    replies.flush()
-    while True:
-        while not select.select([0], [], [], PARENT_CHECK_SECONDS)[0]:
-            if os.getppid() != parent:
-                return
-        line = sys.stdin.buffer.readline()
-        if not line:
-            return
-        cpu_limit = math.ceil(time.process_time() + cpu_seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
-        kind, pairs = json.loads(line)
-        message = [careful_reply(kind, *pair) for pair in pairs]
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), float(sys.argv[2]))

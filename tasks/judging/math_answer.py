@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tasks.judging.equality import compare
-from tasks.judging.grader import Kind, VerifierPool
+from tasks.judging.grader import VerifierPool
+from tasks.judging.math_worker import Kind
 
 THINK_START, THINK_END = "<think>", "</think>"
 # Longer answers are wrong: the longest of MATH's train split has 159, and parsing time grows fast with length.
@@ -139,7 +140,7 @@ class Grader(AbstractContextManager["Grader"]):
 
     Args:
         num_workers: processes for symbolic comparison; started only when a comparison needs them.
-        cpu_seconds: processor time of one comparison; four times as much wall time.
+        cpu_seconds: processor time of one comparison.
     """
 
     def __init__(self, num_workers: int = 2, cpu_seconds: float = 5.0) -> None:

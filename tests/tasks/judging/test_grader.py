@@ -100,13 +100,14 @@ def test_works_off_the_main_thread_and_from_several_at_once(shared: Grader) -> N
 
 
 def test_stopped_and_dead_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grader, "WALL_FACTOR", 0.5)
+    monkeypatch.setattr(grader, "SLEEP_FACTOR", 0.5)
     pool = VerifierPool(1, 3.0)
     try:
         assert pool.verify([("2", "1+1")]) == [True]
-        os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
-        assert pool.verify([("2", "1+1")]) == [None]
-        assert pool.verify([("2", "1+1")]) == [True]
+        stopped = pool._workers[0].process.pid
+        os.kill(stopped, signal.SIGSTOP)
+        assert pool.verify([("2", "1+1")]) == [True]  # by another, as the task is not to blame
+        assert not alive(stopped)
         pool._workers[0].process.kill()
         pool._workers[0].process.wait()
         assert pool.verify([("2", "1+1")]) == [True]
@@ -114,6 +115,27 @@ def test_stopped_and_dead_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         pool.close()
     assert not alive(pid)
+
+
+def test_what_always_kills_its_worker_is_tried_twice_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    worker = grader._Worker
+
+    def start(cpu_seconds: float) -> grader._Worker:
+        started.append(worker(cpu_seconds))
+        return started[-1]
+
+    monkeypatch.setattr(grader, "_Worker", start)
+
+    def die(self: grader._Worker, task: int, _: grader.Request) -> None:
+        self.task = task
+        self.process.kill()
+
+    monkeypatch.setattr(worker, "send", die)
+    pool = VerifierPool(1, 3.0)
+    assert pool.verify([("2", "1+1")]) == [None]
+    assert len(started) == 2
+    pool.close()
 
 
 @pytest.mark.parametrize("answer", ["1+1", HANG], ids=["idle", "busy"])
@@ -201,12 +223,14 @@ def test_long_hostile_responses_end(shared: Grader, unit: str) -> None:
 
 def test_a_worker_that_takes_no_more_input_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A response is longer than the pipe's buffer: a stopped worker must not block the writer."""
-    monkeypatch.setattr(grader, "WALL_FACTOR", 0.5)
+    monkeypatch.setattr(grader, "SLEEP_FACTOR", 0.5)
     pool = VerifierPool(1, 3.0)
     try:
         assert pool.verify([("2", "1+1")]) == [True]
-        os.kill(pool._workers[0].process.pid, signal.SIGSTOP)
-        assert pool.run([("response", "5", "5 " * 200_000)]) == [None]
+        stopped = pool._workers[0].process.pid
+        os.kill(stopped, signal.SIGSTOP)
+        assert pool.run([("response", "5", "x " * 200_000 + "so 5")]) != [(True, "6")]
+        assert not alive(stopped)
         assert pool.verify([("2", "1+1")]) == [True]
     finally:
         pool.close()

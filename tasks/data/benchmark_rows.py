@@ -14,13 +14,12 @@ from tasks.data import sources
 from tasks.data.benchmarks import BENCHMARKS, HUB, BenchmarkName, HubDataset, RowForm
 from tasks.data.commonsense import ReadRow
 from tasks.data.fields import Example, FieldMap, Row
+from tasks.data.files import format_of
 from tasks.data.hub import commit_of, hub_table
 from tasks.data.mapping import to_example
 from tasks.data.values import Dropped
 from tasks.data.wording import first_line, listed, shorten
 from tasks.runtime.stage import StageError
-
-COPY_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
 
 def read_benchmark(name: BenchmarkName, source: str) -> tuple[list[Example], dict[str, Any]]:
@@ -64,19 +63,22 @@ def benchmark_digest(name: BenchmarkName, source: str) -> str:
 
 
 def local_copy(name: BenchmarkName, folder: str) -> list[Path]:
-    """The files of a copy: FOLDER/NAME with one of COPY_SUFFIXES, or all data files in FOLDER/NAME/.
+    """The files of a copy: FOLDER/NAME as a file that `files.py` reads, or all data files in FOLDER/NAME/.
 
     Raises StageError when there is none, or more than one.
     """
     root = Path(folder).expanduser()
-    candidates = (root / f"{name}{suffix}" for suffix in ("", *COPY_SUFFIXES))
-    found = [path for path in candidates if path.exists()]
+    found = sorted(path for path in root.glob(f"{name}*") if path.name == name or _is_copy(path, name))
     if not found:
         raise StageError(f"{shorten(folder, 60)} has no copy of benchmark {name}: {how_to_provide(name)}")
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise StageError(f"{shorten(folder, 60)} has several copies of benchmark {name}, {names}: keep one of them")
     return sources.local_files(str(found[0]), "all")
+
+
+def _is_copy(path: Path, name: BenchmarkName) -> bool:
+    return path.name.startswith(f"{name}.") and format_of(path) is not None
 
 
 def how_to_provide(name: BenchmarkName) -> str:

@@ -19,8 +19,9 @@ FIELDS = ("prompt", "input", "response", "answer", "reasoning", "text", "tier", 
 class DatasetConfig(StageConfig):
     location_fields: ClassVar[tuple[str, ...]] = ("source", "revision")
     source: str = BUNDLED
-    """"bundled" (problems), "bundled_stories" (plain text), a local .jsonl/.parquet/.csv/.txt file (.gz too) or folder,
-    or a hub data set id.  For a benchmark: "hub", or a local folder with a copy named after it."""
+    """"bundled" (problems), "bundled_stories" (plain text), a local file (.jsonl, .json, .csv, .tsv, .txt, also packed;
+    .parquet, .arrow), a folder of them or of `save_to_disk`, or a hub data set id.  For a benchmark: "hub", or a local
+    folder with a copy named after it."""
     benchmark: BenchmarkName | None = None
     """A published benchmark, whose data sets, split, commit and columns are known."""
     subset: str | None = None

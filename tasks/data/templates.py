@@ -98,9 +98,13 @@ def _fault(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
     """What is wrong with a template as a program; "" for nothing."""
     if _RANDOM.search(template):
         return "it draws at random (random or lipsum), so prompts would differ from run to run"
+    switches: list[dict[str, bool]] = [{}]
+    if "enable_thinking" in template:
+        switches += [{"enable_thinking": True}, {"enable_thinking": False}]
     variables = [
-        {"messages": turns, "add_generation_prompt": turns is _QUESTION, **dict(special_tokens)}
+        {"messages": turns, "add_generation_prompt": turns is _QUESTION, **dict(special_tokens), **switch}
         for turns in (_QUESTION, _ANSWERED)
+        for switch in switches
     ]
     asked = {
         "template": template,

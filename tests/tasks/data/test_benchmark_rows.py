@@ -156,8 +156,12 @@ def test_every_form_of_a_copy_gives_the_same(tmp_path):
         writer = csv.DictWriter(table, GPQA)
         writer.writeheader()
         writer.writerow(GPQA)
-    examples = [read_benchmark("gpqa_diamond", str(tmp_path / place))[0] for place in "abcd"]
-    assert examples[0] == examples[1] == examples[2] == examples[3]
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "gpqa_diamond.json").write_text(json.dumps([GPQA]))
+    (tmp_path / "e" / "gpqa_diamond.md").write_text("what the data set is")
+    (tmp_path / "e" / "gpqa_diamond_notes.jsonl").write_text("{}")
+    examples = [read_benchmark("gpqa_diamond", str(tmp_path / place))[0] for place in "abcde"]
+    assert all(example == examples[0] for example in examples)
 
 
 def test_hub_data_sets_are_asked_for_at_their_commit_and_joined(monkeypatch, hub):

@@ -65,6 +65,11 @@ HOSTILE = {
     "long output": CHAT + "{% for a in range(99999) %}{{ 'many characters' }}{% endfor %}",
     "multiplied text": CHAT + "{{ ('a' * 9999999999) | length }}",
     "power": CHAT + "{{ (9 ** (9 ** 9)) % 7 }}",
+    "switched bomb": CHAT
+    + "{% if enable_thinking %}"
+    + "{% for a in range(99999) %}" * 3
+    + "{% endfor %}" * 3
+    + "{% endif %}",
     "random": CHAT + "{{ ['a', 'b'] | random }}",
     "lipsum": CHAT + "{{ lipsum(1) }}",
     "address": CHAT + "{{ messages.copy }}",

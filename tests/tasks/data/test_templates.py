@@ -48,6 +48,7 @@ def test_the_clock_stands_still(make_tokenizer, days, template, date):
     assert date in first[0]
 
 
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 HOSTILE = {
     "syntax": "{% for m in messages %}{{ m['content'] ",
     "undefined": CHAT + "{{ tools_prompt.header }}",
@@ -61,15 +62,11 @@ HOSTILE = {
     "mutates": CHAT + "{{ messages.append(1) }}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}" + CHAT,
     "include": CHAT + "{% include 'other' %}",
-    "nested loops": CHAT + "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "nested loops": CHAT + LOOPS,
     "long output": CHAT + "{% for a in range(99999) %}{{ 'many characters' }}{% endfor %}",
     "multiplied text": CHAT + "{{ ('a' * 9999999999) | length }}",
     "power": CHAT + "{{ (9 ** (9 ** 9)) % 7 }}",
-    "switched bomb": CHAT
-    + "{% if enable_thinking %}"
-    + "{% for a in range(99999) %}" * 3
-    + "{% endfor %}" * 3
-    + "{% endif %}",
+    "switched bomb": CHAT + "{% if enable_thinking %}" + LOOPS + "{% endif %}",
     "random": CHAT + "{{ ['a', 'b'] | random }}",
     "lipsum": CHAT + "{{ lipsum(1) }}",
     "address": CHAT + "{{ messages.copy }}",

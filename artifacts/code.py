@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from artifacts.classes import Sources
+from artifacts.collector import paused
 from artifacts.keys import REPOSITORY, digest
 from artifacts.modules import Target
 from artifacts.reach import Walk
@@ -79,6 +80,7 @@ def changed(code: Code, entry: Entry, loaded: Mapping[str, bytes], root: Path = 
     return found
 
 
+@paused()
 def _walk(entry: Entry, root: Path, loaded: Mapping[str, bytes]) -> Walk:
     walk = Walk(Sources(root, loaded), dict(entry.choices))
     start = walk.sources.module(entry.module)

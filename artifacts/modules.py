@@ -62,8 +62,8 @@ class Module:
 
 def source_path(name: str, root: Path) -> Path | None:
     """The file of a module, None if it has none under `root`: then it is of others."""
-    base = root.joinpath(*name.split("."))
-    return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
+    base = os.path.join(root, *name.split("."))
+    return next((Path(path) for path in (f"{base}/__init__.py", f"{base}.py") if os.path.isfile(path)), None)
 
 
 def read_module(name: str, root: Path, source: bytes | None = None) -> Module | None:
@@ -85,7 +85,7 @@ def _read(name: str, root: Path, path: Path, _state: tuple[int, ...]) -> Module:
 def parse_module(name: str, source: bytes, path: Path, root: Path) -> Module:
     """Raises SyntaxError, naming the file, for a source that is no Python."""
     tree = ast.parse(source, filename=str(path))
-    syntax.mark_annotations(tree)
+    syntax.mark_annotations(tree.body)
     relative = path.relative_to(root).as_posix()
     module = Module(name, relative, path.name == "__init__.py", path.parent)
     for statement in tree.body:
@@ -211,7 +211,7 @@ def hooks_subclasses(definition: ast.stmt) -> bool:
 
 
 def _methods(definition: ast.ClassDef) -> set[str]:
-    return {node.name for node in ast.walk(definition) if isinstance(node, Function)}
+    return {node.name for node in definition.body if isinstance(node, Function)}
 
 
 @functools.lru_cache(maxsize=256)

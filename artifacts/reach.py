@@ -8,8 +8,9 @@ executed. Where a name cannot be followed it takes more, never less:
   of unknown effect, objects that may register themselves.
 - A module used as a value (`getattr(module, name)`), a star import, a name that a module does not bind, `globals()`,
   `eval` or `__file__` count as the whole module.
-- Text that names a module ("quant.methods.gptq:gptq_blocks") counts as that name; a computed module name as the package
-  that its text begins with, else as the package of the importer; text that names a file beside the module as that file.
+- Text that names a module ("quant.methods.gptq:gptq_blocks") counts as that name, text that begins a module's name
+  ("quant.methods.") as the package, text that names a file beside the module as that file. An import whose module's
+  name is computed counts as what the texts of its file name; if they name none, as the package.
 - A table of choices counts as a whole, unless the stage declares which entry a configuration takes (`choices`).
 
 Fields and validators of configuration classes do not count: what they give stands in the key. Templates beside a module
@@ -49,11 +50,20 @@ class Walk:
         self._loaded: set[str] = set()
         self._whole: set[str] = set()
         self._pending: list[tuple[Module, References]] = []
+        self._importers: dict[str, Module] = {}
+        """Modules that import a module by a computed name."""
+        self._naming: set[str] = set()
+        """Names of modules whose texts name modules."""
 
     def finish(self) -> None:
         """Follow what is still to be followed, then add the templates beside what was found."""
-        while self._pending:
-            self._follow_references(*self._pending.pop())
+        while self._pending or self._importers:
+            while self._pending:
+                self._follow_references(*self._pending.pop())
+            if self._importers:
+                name, module = self._importers.popitem()
+                if name not in self._naming:
+                    self._everything_in(module.package)
         for module in filter(None, list(self.sources.known.values())):
             if module.path in self.found:
                 for name in modules.files_beside(module):
@@ -160,9 +170,10 @@ class Walk:
             self.whole(module)
         if any(chain[0] == "__file__" for chain in references.chains):
             self._script(module)
-        named = [self._follow_text(module, text) for text in references.strings]
-        if references.imports_by_text and not any(named):
-            self._everything_in(module.package)
+        if any([self._follow_text(module, text) for text in references.strings]):
+            self._naming.add(module.name)
+        if references.imports_by_text:
+            self._importers[module.name] = module
 
     def _follow_text(self, module: Module, text: str) -> bool:
         """Whether the text names something; a file beside the module counts as well."""
@@ -205,7 +216,7 @@ class Walk:
         kept = [self._counted(module, statement, chosen) for statement in statements]
         state = (label, chosen, *((id(old), old is new) for old, new in zip(statements, kept, strict=True)))
         if state not in module.digests:
-            module.digests[state] = syntax.tree_digest(kept), syntax.references(kept)
+            module.digests[state] = syntax.read(kept)
         value, references = module.digests[state]
         self._note(module, label, value)
         self._pending.append((module, references))

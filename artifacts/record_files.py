@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
-from artifacts.files import flush
+from artifacts.collector import paused
+from artifacts.files import SETTLED_NS, flush
 from artifacts.records import Definitions, Record
 from artifacts.temporary import TemporaryFolders
 
@@ -18,6 +19,7 @@ class RecordFiles:
     def __init__(self, root: Path, temporary: TemporaryFolders) -> None:
         self._root, self._temporary = root, temporary
         self._seen: dict[str, tuple[tuple[int, int], Record | None]] = {}
+        self._changed = 0
 
     def path(self, key: str) -> Path:
         return self._root / "records" / f"{key}.json"
@@ -29,8 +31,18 @@ class RecordFiles:
     def write(self, record: Record) -> None:
         self._write(self.path(record.key), record.to_json())
 
-    def all(self) -> Iterator[Record]:
-        """Every readable record, oldest first. Files seen before are not read again."""
+    @paused()
+    def all(self) -> list[Record]:
+        """Every readable record, in any order.  Files read before are not read again, nor is the folder looked through
+        if nothing was added to it.
+        """
+        changed = (self._root / "records").stat().st_mtime_ns
+        if changed != self._changed:
+            self._scan()
+            self._changed = changed if time.time_ns() - changed > SETTLED_NS else 0
+        return [record for _, record in self._seen.values() if record is not None]
+
+    def _scan(self) -> None:
         seen = {}
         with os.scandir(self._root / "records") as entries:
             for entry in entries:
@@ -38,11 +50,9 @@ class RecordFiles:
                 stamp = (state.st_mtime_ns, state.st_ino)
                 known = self._seen.get(entry.name)
                 if known is None or known[0] != stamp:
-                    known = (stamp, _readable(Path(entry.path)))
+                    known = (stamp, _readable(entry.path))
                 seen[entry.name] = known
         self._seen = seen
-        readable = [record for _, record in seen.values() if record is not None]
-        return iter(sorted(readable, key=lambda record: (record.created, record.key)))
 
     def keep_definitions(self, code: str, definitions: Definitions) -> None:
         target = self._root / "code" / f"{code}.json"
@@ -69,8 +79,9 @@ class RecordFiles:
             self._temporary.remove(folder)
 
 
-def _readable(path: Path) -> Record | None:
+def _readable(path: str) -> Record | None:
     try:
-        return Record.from_json(path.read_bytes())
+        with open(path, "rb", buffering=0) as file:
+            return Record.from_json(file.read())
     except (OSError, ValueError):
         return None

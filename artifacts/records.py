@@ -111,12 +111,14 @@ def _json_data(value: Any) -> Any:
 def nearest(payload: dict[str, Any], records: Iterable[Record]) -> Record | None:
     """The record of the same stage with the fewest differences, the newest of equals; None if none."""
     wanted = _facts(payload)
-    same_stage = [record for record in records if record.stage == payload["stage"]]
-    return min(
-        sorted(same_stage, key=lambda record: record.created, reverse=True),
-        key=lambda record: len(wanted.keys() | record.facts.keys()) - len(wanted.items() & record.facts.items()),
-        default=None,
-    )
+    found: tuple[int, Record] | None = None
+    for record in records:
+        if record.stage == payload["stage"]:
+            facts = record.facts
+            distance = len(wanted.keys() | facts.keys()) - len(wanted.items() & facts.items())
+            if found is None or (distance, found[1].created) < (found[0], record.created):
+                found = distance, record
+    return None if found is None else found[1]
 
 
 def differences(

@@ -100,14 +100,14 @@ class Store:
 
     def records(self) -> Iterator[Record]:
         """Every readable record, oldest first. Files seen before are not read again."""
-        return self._records.all()
+        return iter(sorted(self._records.all(), key=lambda record: (record.created, record.key)))
 
     def nearest(self, payload: dict[str, Any], code: Definitions | None = None) -> tuple[Record, list[str]] | None:
         """The record of the same stage that differs least, and the differences in words; None if none.
 
         With the definitions of the payload's code, those that differ are named.
         """
-        record = records.nearest(payload, self.records())
+        record = records.nearest(payload, self._records.all())
         if record is None:
             return None
         return record, records.differences(

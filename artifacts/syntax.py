@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -40,36 +41,90 @@ _VALUES = frozenset(
 # fmt: on
 _DYNAMIC_NAMES = frozenset({"eval", "exec", "globals", "locals", "vars"})
 _DYNAMIC_IMPORTS = frozenset({"import_module", "__import__"})
+_LONGEST_NAME = 200  # characters of a text that may name a module or a file
 
 
-def tree_digest(nodes: Sequence[ast.AST]) -> str:
-    """sha256 of the trees, in an own form: `ast.dump` and `ast.unparse` change between Python versions."""
+@dataclass
+class References:
+    """What a definition mentions."""
+
+    chains: set[tuple[str, ...]] = field(default_factory=set)
+    """`a.b.c` as ("a", "b", "c"); a bare name as a tuple of one."""
+    imports: list[ast.Import | ast.ImportFrom] = field(default_factory=list)
+    """Import statements inside it."""
+    strings: set[str] = field(default_factory=set)
+    """Texts that may name a module, a package or a file."""
+    looks_up: bool = False
+    """It finds names of its module by text (`globals()`, `eval`), so that any may be meant."""
+    imports_by_text: bool = False
+    """It imports a module whose name is computed."""
+
+
+def read(nodes: Sequence[ast.AST]) -> tuple[str, References]:
+    """sha256 of the trees and what they refer to.
+
+    The form that is hashed is an own one: `ast.dump` and `ast.unparse` change between Python versions.
+    """
     parts: list[str] = []
+    found = References()
     for node in nodes:
-        _write(node, parts)
-    return hashlib.sha256("".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+        _write(node, parts, found)
+    return hashlib.sha256("".join(parts).encode("utf-8", "surrogatepass")).hexdigest(), found
 
 
-def _write(value: object, parts: list[str]) -> None:
+def _write(value: object, parts: list[str], found: References | None) -> None:
+    """`found` is None within a chain of names, which is noted as a whole."""
     if isinstance(value, ast.Constant):
         parts.append(f"({type(value.value).__name__} {value.value!r})")
+        if found is not None and isinstance(value.value, str) and len(value.value) < _LONGEST_NAME:
+            found.strings.add(value.value)
     elif isinstance(value, ast.AST):
+        if found is not None:
+            found = _note(value, found)
         parts.append(f"({type(value).__name__}")
-        for name, item in ast.iter_fields(value):
-            if item is None or name in _SPELLING or _is_unread_annotation(value, name):
-                continue
-            kept = without_words(item) if isinstance(item, list) else item
-            if kept != []:
-                parts.append(f" {name}=")
-                _write(kept, parts)
+        for name, item in _fields(value):
+            parts.append(f" {name}=")
+            _write(item, parts, found)
+            if found is not None and name in ("annotation", "returns"):
+                _note_quoted(item, found)
         parts.append(")")
     elif isinstance(value, list):
         parts.append("[")
         for item in value:
-            _write(item, parts)
+            _write(item, parts, found)
         parts.append("]")
     else:
         parts.append(f"{value!r},")  # an identifier, or a number of the grammar such as `level`
+
+
+def _note(node: ast.AST, found: References) -> References | None:
+    """Note what a node refers to; None when nothing inside it is to be noted again."""
+    if isinstance(node, ast.Attribute | ast.Name) and (chain := chain_of(node)):
+        found.chains.add(chain)
+        found.looks_up |= chain[0] in _DYNAMIC_NAMES or chain[:2] == ("sys", "modules")
+        found.imports_by_text |= chain[-1] in _DYNAMIC_IMPORTS
+        return None
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        found.imports.append(node)
+    return found
+
+
+def _note_quoted(annotation: ast.AST, found: References) -> None:
+    """Names inside quotes, as in `list["Row"]`."""
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            with contextlib.suppress(SyntaxError, ValueError):
+                _write(ast.parse(node.value, mode="eval"), [], found)
+
+
+def _fields(node: ast.AST) -> Iterator[tuple[str, Any]]:
+    """What counts of a node, by name."""
+    for name in node._fields:
+        item = getattr(node, name, None)
+        if isinstance(item, list):
+            item = without_words(item)
+        if item is not None and item != [] and name not in _SPELLING and not _is_unread_annotation(node, name):
+            yield name, item
 
 
 def without_words(items: list[ast.AST]) -> list[ast.AST]:
@@ -86,19 +141,21 @@ def _is_unread_annotation(node: ast.AST, name: str) -> bool:
     return name in ("annotation", "returns") and getattr(node, "_unread", False)
 
 
-def mark_annotations(tree: ast.AST, in_class: bool = False) -> None:
+def mark_annotations(statements: Sequence[ast.AST], in_class: bool = False) -> None:
     """Mark, in place, the nodes whose annotations nothing reads."""
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, Function):
-            if all(is_wrapper(decorator) for decorator in child.decorator_list):
-                arguments = child.args
+    for statement in statements:
+        if isinstance(statement, Function):
+            if all(is_wrapper(decorator) for decorator in statement.decorator_list):
+                arguments = statement.args
                 every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-                for node in (child, *every, arguments.vararg, arguments.kwarg):
+                for node in (statement, *every, arguments.vararg, arguments.kwarg):
                     if node is not None:
                         node._unread = True  # type: ignore[union-attr]
-        elif isinstance(child, ast.AnnAssign) and not in_class:
-            child._unread = True  # type: ignore[attr-defined]
-        mark_annotations(child, isinstance(child, ast.ClassDef) or (in_class and not isinstance(child, Function)))
+        elif isinstance(statement, ast.AnnAssign) and not in_class:
+            statement._unread = True  # type: ignore[attr-defined]
+        inner = isinstance(statement, ast.ClassDef) or (in_class and not isinstance(statement, Function))
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            mark_annotations(getattr(statement, block, ()), inner)
 
 
 def last_name(node: ast.expr) -> str:
@@ -132,61 +189,6 @@ def calls(node: ast.AST) -> Iterator[ast.Call]:
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.Lambda):
             yield from calls(child)
-
-
-@dataclass
-class References:
-    """What a definition mentions."""
-
-    chains: set[tuple[str, ...]] = field(default_factory=set)
-    """`a.b.c` as ("a", "b", "c"); a bare name as a tuple of one."""
-    imports: list[ast.Import | ast.ImportFrom] = field(default_factory=list)
-    """Import statements inside it."""
-    strings: set[str] = field(default_factory=set)
-    """Texts that may name a module, a package or a file."""
-    looks_up: bool = False
-    """It finds names of its module by text (`globals()`, `eval`), so that any may be meant."""
-    imports_by_text: bool = False
-    """It imports a module whose name is computed."""
-
-
-def references(nodes: Sequence[ast.AST]) -> References:
-    """What the trees refer to, annotations that nothing reads left out."""
-    found = References()
-    for node in nodes:
-        _collect(node, found)
-    return found
-
-
-def _collect(node: ast.AST, found: References) -> None:
-    chain: tuple[str, ...] = ()
-    if isinstance(node, ast.Attribute | ast.Name):
-        chain = chain_of(node)
-    if chain:
-        found.chains.add(chain)
-        found.looks_up |= chain[0] in _DYNAMIC_NAMES or chain[:2] == ("sys", "modules")
-        found.imports_by_text |= chain[-1] in _DYNAMIC_IMPORTS
-        return
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        found.imports.append(node)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200:
-        found.strings.add(node.value)
-    for name, value in ast.iter_fields(node):
-        if _is_unread_annotation(node, name):
-            continue
-        for item in without_words(value) if isinstance(value, list) else [value]:
-            if isinstance(item, ast.AST):
-                _collect(item, found)
-                if name in ("annotation", "returns"):
-                    _collect_quoted(item, found)
-
-
-def _collect_quoted(annotation: ast.AST, found: References) -> None:
-    """Names inside quotes, as in `list["Row"]`."""
-    for node in ast.walk(annotation):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            with contextlib.suppress(SyntaxError, ValueError):
-                _collect(ast.parse(node.value, mode="eval"), found)
 
 
 def chain_of(node: ast.expr) -> tuple[str, ...]:

@@ -580,6 +580,46 @@ def h():
         ],
     ),
     Case(
+        "a module name that is computed from a table of the file",
+        {
+            "tasks__stage": """\
+from quant.registry import TABLE
+
+def body(c):
+    return TABLE[c].load()
+""",
+            "quant__registry": """\
+import importlib
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Method:
+    code: str
+
+    def load(self):
+        module, _, name = self.code.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+TABLE = {"a": Method("quant.a:run")}
+""",
+            "quant__a": """\
+def run():
+    return 1
+""",
+            "quant__b": """\
+def run():
+    return 2
+""",
+        },
+        [
+            ("quant__a", "return 1", "return 10"),
+            ("quant__registry", "getattr", "print"),
+        ],
+        [
+            ("quant__b", "return 2", "return 20"),
+        ],
+    ),
+    Case(
         "a module name that is computed",
         {
             "tasks__stage": """\

@@ -239,6 +239,40 @@ def test_pretrain(trials: Trials) -> None:
     assert trials.unknown(pretrain, config) == []
 
 
+GENERATION = {"generation": {"engine": "transformers"}}
+ENGINE, METHODS, JUDGE = "tasks/sampling/vllm_engine.py", "quant/methods/", "tasks/judging/judge.py"
+
+
+@pytest.mark.parametrize(
+    "stage, config, reached, left_out",
+    [
+        (
+            ptq_init,
+            {"method": "gptq"},
+            ["quant/methods/gptq.py"],
+            ["quant/methods/awq.py", "quant/methods/flatquant.py"],
+        ),
+        (ptq_init, {"method": "awq"}, ["quant/methods/awq.py"], ["quant/methods/gptq.py", JUDGE]),
+        (ptq_init, PTQ["quarot"], ["quant/methods/quarot.py", "quant/methods/gptq.py"], ["quant/methods/awq.py"]),
+        (kd_train, {}, ["tasks/training/losses.py"], [JUDGE, METHODS, "tasks/sampling/", "tasks/evaluation/"]),
+        (sft_train, {}, ["tasks/training/losses.py"], [JUDGE, METHODS, "tasks/sampling/", "tasks/evaluation/"]),
+        (calibrate, GENERATION, ["tasks/sampling/transformers_engine.py"], [ENGINE, JUDGE, METHODS]),
+        (calibrate, {"generation": {"engine": "vllm"}}, [ENGINE], ["tasks/sampling/transformers_engine.py", JUDGE]),
+        (evaluate, {"name": "x", **GENERATION}, [JUDGE], [ENGINE, METHODS, "tasks/training/"]),
+        (grpo_train, GENERATION, [JUDGE], [ENGINE, METHODS]),
+        (dataset, {}, ["tasks/data/making.py"], [JUDGE, "tasks/sampling/", "tasks/training/", "quant/"]),
+    ],
+    ids=lambda part: getattr(part, "name", ""),
+)
+def test_a_stage_reaches_what_its_configuration_chooses(
+    stage: Stage, config: dict[str, Any], reached: list[str], left_out: list[str]
+) -> None:
+    """One edit in AWQ leaves every GPTQ start a hit; one in the judge concerns evaluation and GRPO."""
+    run = StageRun(stage, stage.config_type.model_validate(config), {}, Path("unused"))
+    assert set(reached) <= set(run.definitions)
+    assert [path for path in run.definitions if path.startswith(tuple(left_out))] == []
+
+
 def test_the_trace_sees_what_a_key_does_not_know(trials: Trials) -> None:
     run = trials.run(dataset, {"num_examples": 8})
     assert run.code is not None

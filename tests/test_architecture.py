@@ -154,6 +154,8 @@ def test_leaf_packages_know_no_other_leaf_but_what_they_are_built_on(path: Path)
         allowed |= {"tasks.sampling", "tasks.data"}
     if own == "tasks.evaluation":
         allowed |= {"tasks.sampling", "tasks.judging", "tasks.data", "tasks.checkpoints", "tasks.runtime.machine"}
+    if own == "tasks.judging":
+        allowed |= {"tasks.data.boxes"}
     if own == "tasks.training":
         allowed |= {"tasks.sampling", "tasks.judging", "tasks.data", "tasks.checkpoints"}
     if own == "tasks.reporting":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from tasks.data.boxes import last_boxed
 from tasks.data.wording import listed, shorten
 from tasks.runtime.stage import StageError
 
@@ -169,17 +170,6 @@ def value_at(row: Row, column: str | None) -> Any:
     for name in column.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
-
-
-def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for position in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : position]
-    return None
 
 
 def _check_column(field: str, column: str | None, columns: Mapping[str, str]) -> None:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.data.fields import Example, FieldMap, Row, last_boxed, value_at
+from tasks.data.boxes import last_boxed
+from tasks.data.fields import Example, FieldMap, Row, value_at
 from tasks.data.values import (
     Dropped,
     Note,

@@ -26,6 +26,7 @@ from tasks.evaluation.scoring import Score, Scores, open_scorer
 from tasks.evaluation.statistics import summarize
 from tasks.judging.questions import Problem, Question, ask
 from tasks.judging.response import Response
+from tasks.judging.sandbox import why_unavailable
 from tasks.runtime.machine import hardware, package_versions
 from tasks.runtime.stage import Context
 from tasks.sampling.engine import SamplingParams
@@ -174,7 +175,8 @@ def _results(evaluation: Evaluation, samples: pa.Table) -> dict[str, Any]:
     return {
         "task": config.name,
         "kind": config.kind,
-        "unsafe_code": config.unsafe_code,
+        "unsafe_code": config.unsafe_code
+        and why_unavailable() is not None,  # a sandbox that works is used all the same
         "harness": lighteval.HARNESS,
         "engine": config.generation.engine,
         "sampling": {

@@ -2,7 +2,8 @@
 
 import re
 
-from tasks.judging.math_answer import Verdict, last_boxed
+from tasks.data.boxes import last_boxed
+from tasks.judging.math_answer import Verdict
 
 LETTERS = "ABCD"
 # Longer boxes hold no letter, and need not be searched.

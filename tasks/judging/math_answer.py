@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from tasks.data.boxes import last_boxed
 from tasks.judging.equality import compare
 from tasks.judging.grader import VerifierPool
 from tasks.judging.math_worker import Kind
@@ -19,8 +20,6 @@ MAX_ANSWER_CHARS = 1000
 # Parsing time grows steeply with the depth; the deepest answer of MATH's train split has 3.
 MAX_BRACKET_DEPTH = 20
 
-# Two backslashes: models often escape twice.
-_BRACE_TOKEN = re.compile(r"\\{1,2}boxed\s*\{|\\.|[{}]", re.DOTALL)
 _PERCENT_WORD = re.compile(r"%|percent|pct", re.IGNORECASE)
 # Fifteen digits are exact in double precision.
 _INTEGER = re.compile(r"-?[0-9]{1,15}")
@@ -55,22 +54,6 @@ def final_answer(text: str) -> str | None:
     r"""Content of the last complete \boxed{...} after the last </think>; None without either."""
     part = answer_part(text)
     return None if part is None else last_boxed(part)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last complete \boxed{...}. Linear in the text's length."""
-    open_braces: list[int | None] = []  # where a box's content starts; None for other braces
-    best: tuple[int, int] | None = None
-    for token in _BRACE_TOKEN.finditer(text):
-        if "boxed" in token.group():
-            open_braces.append(token.end())
-        elif token.group() == "{":
-            open_braces.append(None)
-        elif token.group() == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = (start, token.start())
-    return None if best is None else text[best[0] : best[1]].strip()
 
 
 def quick_verdict(gold: str, answer: str) -> bool | None:

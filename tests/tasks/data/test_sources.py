@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tasks.data import sources
-from tasks.data.fields import PRESETS, Example, choose_fields, last_boxed, recognise
+from tasks.data.boxes import last_boxed
+from tasks.data.fields import PRESETS, Example, choose_fields, recognise
 from tasks.data.hub import hub_table
 from tasks.data.mapping import to_example
 from tasks.data.values import Dropped, kind_of

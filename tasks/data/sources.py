@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from artifacts.files import file_sha256
 from tasks.data.fields import Example, Row
 from tasks.data.files import cannot_open, check_format, format_of, read_file
 from tasks.data.wording import listed, shorten
 from tasks.runtime.stage import StageError
 
-_READ_BYTES = 2**22
 _NOT_A_HUB_ID = re.compile(
     r"^[./~]|[\\:]|/.*/|\.(jsonl|ndjson|parquet|arrow|feather|txt|json|csv|tsv|gz|bz2|xz|zst)$", re.I
 )
@@ -65,14 +65,11 @@ def files_digest(files: Sequence[Path]) -> str:
     """sha256 over names and contents, independent of where the files lie."""
     total = hashlib.sha256()
     for file in files:
-        content = hashlib.sha256()
         try:
-            with file.open("rb") as stream:
-                while block := stream.read(_READ_BYTES):
-                    content.update(block)
+            content = file_sha256(file)
         except OSError as error:
             raise cannot_open(file, error) from error
-        total.update(f"{file.name}\0{content.hexdigest()}\n".encode(errors="surrogateescape"))
+        total.update(f"{file.name}\0{content}\n".encode(errors="surrogateescape"))
     return total.hexdigest()
 
 

@@ -273,6 +273,19 @@ def test_a_stage_reaches_what_its_configuration_chooses(
     assert [path for path in run.definitions if path.startswith(tuple(left_out))] == []
 
 
+@pytest.mark.parametrize("stage", [kd_train, sft_train, grpo_train], ids=lambda stage: stage.name)
+def test_how_often_a_state_is_saved_changes_no_bit_and_no_key(trials: Trials, stage: Stage) -> None:
+    given = {"student": trials.student, "data": trials.data}
+    given |= {"teacher": trials.base} if stage is kd_train else {}
+    more = {"group_size": 2, "generation": SHORT} if stage is grpo_train else {}
+    refs, keys = set(), set()
+    for every in (1, 2, 7):
+        run = trials.run(stage, {**STEPS, **more, "steps": 3, "checkpoint_every": every}, **given)
+        keys.add(trials.store.key(run.payload()))
+        refs.add(execute(replace(run, force=True)).ref)
+    assert len(keys) == len(refs) == 1
+
+
 def test_the_trace_sees_what_a_key_does_not_know(trials: Trials) -> None:
     run = trials.run(dataset, {"num_examples": 8})
     assert run.code is not None

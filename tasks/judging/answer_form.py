@@ -44,6 +44,8 @@ _MOST_SIGNS = 3
 def parse(answer: str, apart: bool = False) -> Form:
     """The form of an answer in clean()'s spelling; `apart`: no comma between digits groups them."""
     text = unwrapped(answer)
+    if r"\text" in text and exact_number(text) is not None:  # 2 and 1/4
+        return Form("value", text)
     for reader in (_list, _related, _union, _matrix, _bracketed, _signed):
         if (form := reader(text, apart)) is not None:
             return form

@@ -103,6 +103,8 @@ def _same_equation(gold: Form, answer: Form, equal: Equal) -> bool | None:
         same_name = gold.name == answer.name or (_FUNCTION.fullmatch(gold.name) and _FUNCTION.fullmatch(answer.name))
         verdict = _same(gold.items[0], answer.items[0], equal) if same_name else False
         return verdict or _any([verdict, equal(gold.text, answer.text)])
+    if "|" in answer.name:
+        return False  # what has this absolute value is another number
     if answer.kind == "equation":
         return equal(gold.text, answer.text) if gold.kind == "relation" else _same(gold, answer.items[0], equal)
     return _same(gold.items[0], answer, equal)

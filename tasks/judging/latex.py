@@ -62,7 +62,8 @@ _SPACING = re.compile(r"(\\\\)|\\[,;: ]|~|\\hspace\*?\{[^{}]*\}|\s+")
 # Digits in groups of three, with marks that stand for nothing else: 1{,}234, 1,\!234 and 1\,234.
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\{,\}|,\\!|\\,)\s*\d{3})+(?!\d)")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
-_LABEL = re.compile(r"^\s*\\text\s*\{[^{}]*:\s*\}(?=\s*\S)")
+_LABEL = re.compile(r"^\s*\\text\s*\{[^{}]*(?::|\bis)\s*\}(?=\s*\S)")
+_NATURAL_LOGARITHM = re.compile(r"\\log\s*_\s*(?:\{\s*e\s*\}|e)(?![a-z])")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))\s*(?:\{([^{}]*)\}|([0-9A-Za-z]))")
 _DEGREE = re.compile(r"(?:\{\s*\})?\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))")
 # ]0,1[ as (0,1)
@@ -81,6 +82,7 @@ def clean(answer: str) -> str:
     text = _FRENCH_CLOSED.sub(")", _FRENCH_OPEN.sub(" (", text))
     text = _DEGREE.sub(r"^\\circ ", text.replace("{:}", ":"))
     text = _SHORT_FRACTION.sub(_whole_fraction, _TEXT.sub(_text, text))
+    text = _NATURAL_LOGARITHM.sub(r"\\ln ", text)
     return unwrapped(_LABEL.sub("", text).strip().rstrip(".;, "))
 
 

@@ -144,7 +144,7 @@ _UNITS = {name: (dimension, factor) for name, dimension, factor in _table()}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
 # What these add says nothing.
-_FILLING = {"unit", "of", "per", "in", "total", "the", "a", "each", "exactly"}
+_FILLING = {"/", "unit", "of", "per", "in", "total", "the", "a", "each", "exactly"}
 # With these a text says more than what is counted.
 _SAYING = {
     *("is", "isn't", "isnt", "are", "was", "be", "not", "no", "none", "or", "and", "if", "but", "than", "less"),
@@ -201,7 +201,7 @@ def _phrase(text: str, powers: list[int], only_known: bool) -> tuple[Fraction, U
     if len(names) > _MOST_WORDS or _SAYING.intersection(names) or (only_known and not all(known)):
         return None
     if not all(
-        is_known or name.strip(".").replace("'", "").replace("-", "").isalpha() or not name
+        is_known or name in ("", "/") or name.strip(".").replace("'", "").replace("-", "").isalpha()
         for name, is_known in zip(names, known, strict=True)
     ):
         return None

@@ -15,7 +15,7 @@ from tasks.judging.latex import clean
 from tasks.judging.math_answer import Grader, quick_verdict
 from tasks.judging.quantities import based_number, exact_number, quantity
 
-# 468 answers of the kinds that competition problems have, and 163 that were written by others.
+# 575 answers of the kinds that competition problems have, and 163 that were written by others.
 OWN = Path(__file__).with_name("answers.jsonl")
 OTHERS = Path(__file__).parents[4] / "shared" / "cases" / "answers.jsonl"
 MOST_WRONG = 0.04

@@ -22,6 +22,7 @@ from tasks.ptq_init import PTQInitConfig
 from tasks.runtime.stage import Stage, StageConfig, stage_of
 from tasks.sft_train import SFTTrainConfig
 from tasks.teacher_topk import TeacherTopKConfig
+from tasks.training.config import StudentConfig
 
 STARTS = ("base_model", "pretrain", "checkpoint")
 
@@ -40,6 +41,8 @@ class BranchConfig(StageConfig):
     calibrate: CalibrateConfig | None = None
     ptq_init: PTQInitConfig | None = None
     train_data: DatasetConfig | None = None
+    validation_data: DatasetConfig | None = None
+    """Held out: training stages measure themselves on it, and choose by it which state they give."""
     teacher_topk: TeacherTopKConfig | None = None
     sft_train: SFTTrainConfig | None = None
     kd_train: KDTrainConfig | None = None
@@ -75,6 +78,16 @@ class BranchConfig(StageConfig):
                     hint = "; or name benchmarks" if name == "evaluate" else ""
                     raise ValueError(f"{_giver(slot)} is missing: {name} reads it{hint}")
             given |= {name, *stage.gives}
+        return self
+
+    @model_validator(mode="after")
+    def _choice_has_data(self) -> BranchConfig:
+        for name, _, config in self.sections():
+            if isinstance(config, StudentConfig) and config.needs_validation and self.validation_data is None:
+                raise ValueError(
+                    f"validation_data is missing: {name} chooses by it; give it, or set {name}.keep=last and "
+                    f"{name}.patience=null"
+                )
         return self
 
     @model_validator(mode="after")

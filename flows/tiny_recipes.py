@@ -22,6 +22,7 @@ from tasks.sampling.config import CalibrationGeneration, GenerationConfig, Rollo
 from tasks.sft_train import SFTTrainConfig
 
 MAX_NEW_TOKENS = 192
+VALIDATION = DatasetConfig(source="bundled", split="validation", num_examples=128, seed=31)
 TEST = DatasetConfig(source="bundled", split="test", num_examples=500, seed=999)
 EVALUATE = EvaluateConfig(
     name="bundled", seeds=(42, 43, 44), generation=GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, batch_size=384)
@@ -42,6 +43,8 @@ QAT: dict[str, Any] = {
     "batch_size": 32,
     "micro_batch_size": 32,
     "checkpoint_every": 20,
+    "keep": "best",
+    "validate_every": 20,
     "max_length": 512,
     "mixed_precision": "bf16",
     "attention": "eager",
@@ -54,6 +57,8 @@ GRPO: dict[str, Any] = {
     "batch_size": 64,
     "micro_batch_size": 64,
     "checkpoint_every": 3,
+    "keep": "best",
+    "validate_every": 6,
     "generation": RolloutGeneration(max_new_tokens=MAX_NEW_TOKENS),
     "mixed_precision": "bf16",
     "attention": "eager",
@@ -88,6 +93,7 @@ def tiny_branch(
         calibrate=_calibrate(calibration) if calibrated else None,
         ptq_init=PTQInitConfig(scheme=scheme, method=method, symmetric=symmetric, **ptq),
         train_data=DatasetConfig(source=kd_data, split="train", num_examples=4096, seed=4242),
+        validation_data=VALIDATION.model_copy(update={"source": kd_data}),
         sft_train=SFTTrainConfig(scale_mode=scale_mode, **QAT) if sft else None,
         kd_train=KDTrainConfig(scale_mode=scale_mode, **QAT) if kd else None,
         rl_data=DatasetConfig(source="bundled", split="train", num_examples=1024, seed=77),

@@ -34,7 +34,7 @@ def _check(config: GRPOTrainConfig) -> None:
 
 @stage(
     kind="checkpoint",
-    reads={"student": "student", "data": "rl_data"},
+    reads={"student": "student", "data": "rl_data", "validation": "validation_data"},
     gives=("student", "model"),
     log=LOG_FILE,
     packages=_packages,
@@ -45,8 +45,12 @@ def _check(config: GRPOTrainConfig) -> None:
     },
     fresh_process=lambda config: config.generation.kind.outlives_stage,
 )
-def grpo_train(config: GRPOTrainConfig, context: Context, *, student: Path, data: Path) -> Metrics:
+def grpo_train(
+    config: GRPOTrainConfig, context: Context, *, student: Path, data: Path, validation: Path | None = None
+) -> Metrics:
     """Train on the problems of `data`; the reference model of the KL term is `student` as it came.
+
+    The share of the problems of `validation` that the student answers rightly is watched.
 
     Raises:
         StageError: before any training, when data, lengths or engine cannot work, or programs have no sandbox.
@@ -55,4 +59,4 @@ def grpo_train(config: GRPOTrainConfig, context: Context, *, student: Path, data
     from tasks.training.policy_training import train_policy
 
     with open_judge(config.kind, config.unsafe_code) as judge:
-        return train_policy(config, context, student, data, judge)
+        return train_policy(config, context, student, data, validation, judge)

@@ -20,7 +20,13 @@ __all__ = ["KDTrainConfig", "kd_train"]
 
 @stage(
     kind="checkpoint",
-    reads={"student": "student", "teacher": "base", "data": "train_data", "teacher_topk": "teacher_topk"},
+    reads={
+        "student": "student",
+        "teacher": "base",
+        "data": "train_data",
+        "teacher_topk": "teacher_topk",
+        "validation": "validation_data",
+    },
     gives=("student", "model"),
     log=LOG_FILE,
     packages=lambda config: ("torch", "transformers"),
@@ -33,8 +39,12 @@ def kd_train(
     teacher: Path,
     data: Path,
     teacher_topk: Path | None = None,
+    validation: Path | None = None,
 ) -> Metrics:
-    """Minimise the KL divergence to `teacher` on `data`, or to its cached log-probabilities `teacher_topk`."""
+    """Minimise the KL divergence to `teacher` on `data`, or to its cached log-probabilities `teacher_topk`.
+
+    The divergence on `validation`, from the teacher itself, is watched.
+    """
     from tasks.training.supervised import train_kd
 
-    return train_kd(config, context, student, teacher, data, teacher_topk)
+    return train_kd(config, context, student, teacher, data, teacher_topk, validation)

@@ -17,13 +17,15 @@ __all__ = ["SFTTrainConfig", "sft_train"]
 
 @stage(
     kind="checkpoint",
-    reads={"student": "student", "data": "train_data"},
+    reads={"student": "student", "data": "train_data", "validation": "validation_data"},
     gives=("student", "model"),
     log=LOG_FILE,
     packages=lambda config: ("torch", "transformers"),
 )
-def sft_train(config: SFTTrainConfig, context: Context, *, student: Path, data: Path) -> Metrics:
-    """Minimise the cross entropy of the response tokens of `data`."""
+def sft_train(
+    config: SFTTrainConfig, context: Context, *, student: Path, data: Path, validation: Path | None = None
+) -> Metrics:
+    """Minimise the cross entropy of the response tokens of `data`; that of `validation` is watched."""
     from tasks.training.supervised import train_sft
 
-    return train_sft(config, context, student, data)
+    return train_sft(config, context, student, data, validation)

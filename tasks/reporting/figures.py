@@ -49,9 +49,15 @@ class Panel:
     title: str
 
 
-LOSS_PANELS = (Panel("loss", "training loss"),)
+LOSS_PANELS = (
+    Panel("loss", "training loss"),
+    Panel("validation_cross_entropy", "held-out cross entropy, nats per token"),
+    Panel("validation_kl", "held-out KL to the teacher, nats per token"),
+    Panel("validation_prompt_kl", "the same on prompts"),
+)
 GRPO_PANELS = (
     Panel("reward_mean", "mean reward"),
+    Panel("validation_accuracy", "held-out accuracy"),
     Panel("response_length", "response length, tokens"),
     Panel("entropy", "entropy, nats per token"),
     Panel("mismatch_abs", "|log p trainer - log p engine|"),

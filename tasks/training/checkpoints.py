@@ -7,13 +7,14 @@ removed before the next is written, so there are never more than two.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,36 +37,73 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     return state | {name: b for name, b in module.named_buffers() if name in persistent}
 
 
+def num_steps(rows: Sequence[Row]) -> int:
+    """How many steps a log covers; its first row may be the start's, step 0."""
+    return int(rows[-1]["step"]) if rows else 0
+
+
 def save(scratch: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], rows: list[Row]) -> None:
-    """Write the state after `len(rows)` steps, beside the newest checkpoint before it."""
+    """Write the state after the steps of `rows`, beside the newest checkpoint before it."""
     for old in sorted(scratch.glob(f"{PREFIX}*"))[:-1]:
         midstage.remove(old)
-    with midstage.writing(scratch / f"{PREFIX}{len(rows):08d}") as folder:
-        _save_tensors(trained_state(module), folder / PARAMETERS)
+    with midstage.writing(scratch / f"{PREFIX}{num_steps(rows):08d}") as folder:
+        save_parameters(module, folder / PARAMETERS)
         for i, optimizer in enumerate(optimizers):
             _save_tensors(_moments(optimizer), folder / _optimizer_file(i))
         (folder / LOG).write_text(json.dumps(rows))
 
 
-def restore(scratch: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Row]:
+def save_parameters(module: nn.Module, path: Path) -> None:
+    """Write what training can change."""
+    _save_tensors(trained_state(module), path)
+
+
+def load_parameters(path: Path, module: nn.Module) -> None:
+    """Copy what `save_parameters` wrote into `module`, one tensor at a time."""
+    with safe_open(path, framework="pt") as file:
+        for name, value in trained_state(module).items():
+            value.copy_(file.get_tensor(name))
+
+
+def logs(scratch: Path) -> Iterator[list[Row]]:
+    """The log rows of each checkpoint, oldest first; a damaged one is passed over."""
+    for folder in sorted(scratch.glob(f"{PREFIX}*")):
+        with contextlib.suppress(OSError, ValueError):
+            yield json.loads((folder / LOG).read_text())
+
+
+def restore(
+    scratch: Path,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    can_continue: Callable[[list[Row]], bool] = lambda rows: True,
+) -> list[Row]:
     """Load the newest sound checkpoint into `module` and `optimizers`; returns its log rows, [] when there is none.
 
-    Checkpoints that are damaged, or are not of this module, are set aside; nothing of them is loaded.
+    Checkpoints that are damaged, are not of this module, or whose rows cannot be continued, are set aside; nothing of
+    them is loaded.
     """
     for folder in sorted(scratch.glob(f"{PREFIX}*"), reverse=True):
         if not midstage.is_sound(folder):
             continue
         try:
-            return _load(folder, module, optimizers)
+            return _load(folder, module, optimizers, can_continue)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             midstage.set_aside(folder, f"not of this run: {error}")
     return []
 
 
-def _load(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Row]:
-    rows = json.loads((folder / LOG).read_text())
-    if folder.name != f"{PREFIX}{len(rows):08d}":
-        raise ValueError(f"its log has {len(rows)} steps")
+def _load(
+    folder: Path,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    can_continue: Callable[[list[Row]], bool],
+) -> list[Row]:
+    rows: list[Row] = json.loads((folder / LOG).read_text())
+    if folder.name != f"{PREFIX}{num_steps(rows):08d}":
+        raise ValueError(f"its log has {num_steps(rows)} steps")
+    if not can_continue(rows):
+        raise ValueError("the best state before it is gone")
     saved, present = load_file(folder / PARAMETERS), trained_state(module)
     _check_alike(saved, present)
     moments = [load_file(folder / _optimizer_file(i)) for i in range(len(optimizers))]

@@ -66,6 +66,18 @@ class StudentConfig(LoopConfig):
     gradient_checkpointing: bool = False
     attention: Attention = "sdpa"
     """transformers' attention implementation; "eager" is faster in bf16 on a CPU."""
+    keep: Literal["best", "last"] | None = None
+    """Which state the stage gives: the one with the best held-out measure, the start included (the default where there
+    is validation_data), or the last (the default where there is none)."""
+    validate_every: Count = 100
+    """Steps between held-out measures on validation_data; start and end are measured too."""
+    patience: Count | None = None
+    """End after so many measures in a row without a better one."""
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether it says something that means nothing without validation_data."""
+        return self.keep == "best" or self.patience is not None
 
 
 class TraceConfig(StageConfig):

@@ -71,6 +71,7 @@ class GRPOTrainConfig(StudentConfig, RolloutConfig):
     batch_size: Count = 64
     micro_batch_size: Count = 16
     checkpoint_every: Count = 10
+    validate_every: Count = 25
     max_prompt_length: Count = 1024
     """Problems with more prompt tokens are left out, and counted."""
     kind: JudgedKind = "math"

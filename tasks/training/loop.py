@@ -3,11 +3,12 @@
 A step sums `loss_sum / denominator` over its micro-batches, where the denominator belongs to the whole step.  So the
 loss and its gradient do not depend on how a step is cut into micro-batches.
 
-A stage trains on one process.
+A stage trains on one process.  What of a run it gives, and when it stops early, says selection.py.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,15 @@ from tasks.runtime.processes import stop_requested
 from tasks.runtime.stage import StageError
 from tasks.training import checkpoints
 from tasks.training.config import LoopConfig
+from tasks.training.selection import LAST_STATE, LastState
+
+logger = logging.getLogger("artifacts.training")
+"""Below `artifacts`, whose warnings a run shows as notes."""
+
+
+class Diverged(StageError):
+    """The loss or the gradient norm is not finite; the weights are those of the step before."""
+
 
 Batch = dict[str, Tensor]
 Row = dict[str, Any]
@@ -81,28 +91,40 @@ def train(
     scratch: Path,
     device: str = "cpu",
     progress: Progress | None = None,
+    selection: LastState = LAST_STATE,
 ) -> list[Row]:
-    """Train `objective` in place for `config.steps` steps and return one log row per step.
+    """Train `objective` in place for at most `config.steps` steps and return one log row per step.
 
     `progress(done, total, unit="step", loss=...)` is called after each step.  Every `checkpoint_every` steps, and
     on SIGTERM, the state goes to `scratch`; a call that finds a checkpoint there continues it, and ends with the same
-    bits on one machine.
-    Raises StageError when the loss or the gradient norm is not finite; the last checkpoint stays in `scratch`.
+    bits on one machine.  With a `Selection` the first row is the start's, step 0, and `objective` ends as the state
+    that was chosen.
+    Raises StageError when the loss or the gradient norm is not finite, unless there is a best state to give; the last
+    checkpoint stays in `scratch`.
     """
     with _deterministic(), stop_requested() as stopping:
         accelerator = _accelerator(config.mixed_precision, device)
         trainer = _Trainer(objective, config, optimizers, accelerator)
-        rows = checkpoints.restore(scratch, objective, optimizers)
-        for step in range(len(rows), config.steps):
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            rows.append(trainer.step(step, source.step_batches(step)))
-            stop = stopping() and len(rows) % config.resumable_every == 0
-            if stop or len(rows) % config.checkpoint_every == 0:
+        rows = checkpoints.restore(scratch, objective, optimizers, selection.can_continue) or selection.start(objective)
+        while (done := checkpoints.num_steps(rows)) < config.steps and not selection.is_over(rows):
+            torch.manual_seed(config.seed * 1_000_003 + done)
+            try:
+                rows.append(trainer.step(done, source.step_batches(done)))
+            except Diverged as error:
+                if not selection.survives(rows):
+                    raise
+                logger.warning("%s; the best state before it is given", error)
+                break
+            done += 1
+            selection.watch(objective, rows)
+            stop = stopping() and done % config.resumable_every == 0
+            if stop or done % config.checkpoint_every == 0:
                 checkpoints.save(scratch, objective, optimizers, rows)
             if stop:
-                raise StageError(f"stopped after step {len(rows)} of {config.steps}; the same command goes on from it")
+                raise StageError(f"stopped after step {done} of {config.steps}; the same command goes on from it")
             if progress is not None:
-                progress(len(rows), config.steps, unit="step", loss=rows[-1]["loss"])
+                progress(done, config.steps, unit="step", loss=rows[-1]["loss"], **selection.shown(rows))
+        selection.settle(objective, rows)
     return rows
 
 
@@ -130,7 +152,7 @@ class _Trainer:
         loss, metrics = self._accumulate(batches)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StageError(
+            raise Diverged(
                 f"training stopped at step {step + 1}: loss {loss}, gradient norm {norm}. "
                 f"The last good checkpoint is kept. Lower learning_rate (now {self.config.learning_rate}), "
                 "lengthen warmup_steps or lower max_grad_norm."

@@ -24,18 +24,23 @@ from tasks.training.grpo_config import GRPOTrainConfig
 from tasks.training.objectives import GRPOObjective
 from tasks.training.rollouts import Prompt, RolloutBatches
 from tasks.training.student import select_trainable
-from tasks.training.student_training import losses, read_rows, train_student
+from tasks.training.student_training import check_validation, read_rows, train_student
+from tasks.training.validation import accuracy_measure
 
 ROLLOUTS_FILE = "rollouts.parquet"
 REWARD_METRICS = ("reward_mean", "zero_reward_fraction", "answer_found_rate")
 
 
-def train_policy(config: GRPOTrainConfig, context: Context, student: Path, data: Path, judge: Judge) -> Metrics:
+def train_policy(
+    config: GRPOTrainConfig, context: Context, student: Path, data: Path, validation: Path | None, judge: Judge
+) -> Metrics:
     """Train on the problems of `data` with the judge's verdicts as reward; writes checkpoint, log and samples."""
+    check_validation(config, validation)
     tokenizer = load_tokenizer(student)
     prompts, num_dropped = read_prompts(data, tokenizer, config)
+    held_out = [] if validation is None else _held_out(validation, tokenizer, config)
     stops = stop_token_ids(student, tokenizer)
-    lengths = ((prompt.id, prompt.token_ids) for prompt in prompts)
+    lengths = ((prompt.id, prompt.token_ids) for prompt in [*prompts, *held_out])
     length = needed_length(lengths, config.generation.max_new_tokens, student)
     model = load_student(student, config.scale_mode, context.device, config.attention)
     select_trainable(model, config)
@@ -53,11 +58,13 @@ def train_policy(config: GRPOTrainConfig, context: Context, student: Path, data:
             config,
         )
         objective = GRPOObjective(model, config, reference)
-        rows = train_student(model, objective, source, config, context, student)
+        measure = accuracy_measure(held_out, source.answers, config) if held_out else None
+        rows, metrics = train_student(model, objective, source, config, context, student, measure)
     samples = [sample for row in rows for sample in row.get("samples", ())]
     pq.write_table(pa.Table.from_pylist(samples), context.output / ROLLOUTS_FILE)
-    rewards = {name: sum(row[name] for row in rows) / len(rows) for name in REWARD_METRICS}
-    return {**losses(rows), **rewards, "num_problems": len(prompts), "num_dropped": num_dropped}
+    steps = [row for row in rows if row["step"] > 0]
+    rewards = {name: sum(row[name] for row in steps) / len(steps) for name in REWARD_METRICS if steps}
+    return {**metrics, **rewards, "num_problems": len(prompts), "num_dropped": num_dropped}
 
 
 def read_prompts(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> tuple[list[Prompt], int]:
@@ -83,6 +90,14 @@ def read_prompts(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTra
             "problems, or raise it."
         )
     return prompts, num_dropped
+
+
+def _held_out(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> list[Prompt]:
+    """The problems of `validation_data`."""
+    try:
+        return read_prompts(data, tokenizer, config)[0]
+    except StageError as error:
+        raise StageError(f"validation_data: {error}") from error
 
 
 def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> Prompt:

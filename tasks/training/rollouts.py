@@ -49,6 +49,28 @@ Decode = Callable[[tuple[int, ...]], str]
 
 
 @dataclass(frozen=True)
+class Answers:
+    """How the student answers problems now, and what the judge says of it."""
+
+    generate: Generate
+    judge: Judge
+    decode: Decode
+
+    def __call__(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], step: int
+    ) -> tuple[Sequence[Completion], list[str], Sequence[Verdict | CodeVerdict]]:
+        """A completion of each prompt, as tokens and as text, and the verdict on it."""
+        requests = [Request(prompt.token_ids, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        completions = self.generate(requests, [prompt.id for prompt in prompts], step)
+        texts = [self.decode(completion.token_ids) for completion in completions]
+        responses = [
+            Response(text, completion.finish_reason == "length", prompt.reasoning_opened)
+            for text, completion, prompt in zip(texts, completions, prompts, strict=True)
+        ]
+        return completions, texts, self.judge(responses, [prompt.truth for prompt in prompts])
+
+
+@dataclass(frozen=True)
 class Rollout:
     """The completions of one rollout, group after group, with what the loss and the log need of each."""
 
@@ -71,7 +93,7 @@ class RolloutBatches:
         decode: Decode,
         config: RolloutConfig,
     ) -> None:
-        self.prompts, self.generate, self.judge, self.decode = prompts, generate, judge, decode
+        self.prompts, self.answers = prompts, Answers(generate, judge, decode)
         self.config = config
         self.rollout: Rollout | None = None
 
@@ -87,24 +109,13 @@ class RolloutBatches:
     def _roll_out(self, number: int) -> Rollout:
         config, size = self.config, self.config.group_size
         chosen = sample_indices(len(self.prompts), config.batch_size // size, number, config.seed)
-        prompts, requests = [], []
-        for place, i in enumerate(chosen):
-            for member in range(size):
-                prompts.append(self.prompts[i])
-                seed = _seed(config.seed, number, place * size + member)
-                requests.append(Request(self.prompts[i].token_ids, seed))
-        names = [prompt.id for prompt in prompts]
-        completions = self.generate(requests, names, number * config.updates_per_rollout)
+        prompts = [self.prompts[i] for i in chosen for _ in range(size)]
+        seeds = [completion_seed(config.seed, number, place) for place in range(len(prompts))]
+        completions, texts, verdicts = self.answers(prompts, seeds, number * config.updates_per_rollout)
         if config.importance_sampling and any(math.isnan(p) for c in completions for p in c.logprobs):
             raise StageError(
                 "the engine gives no log-probabilities: set importance_sampling=false or take another engine"
             )
-        texts = [self.decode(completion.token_ids) for completion in completions]
-        responses = [
-            Response(text, completion.finish_reason == "length", prompt.reasoning_opened)
-            for text, completion, prompt in zip(texts, completions, prompts, strict=True)
-        ]
-        verdicts = self.judge(responses, [prompt.truth for prompt in prompts])
         rewards_PG = torch.tensor([float(v.correct) for v in verdicts], dtype=torch.float64).view(-1, size)
         advantages_PG = group_advantages(rewards_PG, config.scale_by_std)
         rollout = Rollout(prompts, completions, texts, verdicts, rewards_PG, advantages_PG)
@@ -199,7 +210,7 @@ def _metrics(rollout: Rollout) -> dict[str, float | None]:
     }
 
 
-def _seed(*parts: int) -> int:
+def completion_seed(*parts: int | str) -> int:
     """The sampling seed, in [0, 2^31), of one completion of a run."""
     hashed = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(hashed[:4], "big") >> 1

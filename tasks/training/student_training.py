@@ -16,6 +16,7 @@ from tasks.runtime.stage import Context, Metrics, StageError
 from tasks.training.batches import Example, tokenize
 from tasks.training.config import LOG_FILE, StudentConfig, TraceConfig
 from tasks.training.loop import BatchSource, Row, train
+from tasks.training.selection import LAST_STATE, Measure, Selection
 from tasks.training.student import student_optimizers
 
 
@@ -43,6 +44,23 @@ def read_examples(
     return tokenize(rows, encode, config.max_length, config.overlong)
 
 
+def read_held_out(data: Path, tokenizer: PreTrainedTokenizerBase, config: TraceConfig) -> list[Example]:
+    """The examples of `validation_data`."""
+    try:
+        return read_examples(data, tokenizer, config)[0]
+    except StageError as error:
+        raise StageError(f"validation_data: {error}") from error
+
+
+def check_validation(config: StudentConfig, data: Path | None) -> None:
+    """StageError where the configuration chooses by data that is not there."""
+    if config.needs_validation and data is None:
+        raise StageError(
+            "keep=best and patience choose by held-out data, and there is none: give validation_data, or set "
+            "keep=last and patience=null"
+        )
+
+
 def train_student(
     model: PreTrainedModel,
     objective: nn.Module,
@@ -50,8 +68,14 @@ def train_student(
     config: StudentConfig,
     context: Context,
     student: Path,
-) -> list[Row]:
-    """Train `model`, which is inside `objective`, and write it as a checkpoint with its training log."""
+    measure: Measure | None = None,
+) -> tuple[list[Row], Metrics]:
+    """Train `model`, which is inside `objective`, and write it as a checkpoint with its training log.
+
+    With a held-out `measure` the state written is the one that the configuration chooses by it. Returns the log and the
+    record's figures.
+    """
+    selection = LAST_STATE if measure is None else Selection(measure, config, context.scratch)
     rows = train(
         objective,
         source,
@@ -60,15 +84,13 @@ def train_student(
         scratch=context.scratch,
         device=context.device,
         progress=context.progress,
+        selection=selection,
     )
     save_student(model, student, context.output)
     write_log(rows, context.output / LOG_FILE)
-    return rows
-
-
-def losses(rows: Sequence[Row]) -> Metrics:
-    """The record's figures of a training."""
-    return {"first_loss": rows[0]["loss"], "final_loss": rows[-1]["loss"]}
+    losses = [row["loss"] for row in rows if "loss" in row]  # none where the first step diverged
+    trained = {"first_loss": losses[0], "final_loss": losses[-1]} if losses else {}
+    return rows, {**trained, **selection.facts(rows)}
 
 
 def write_log(rows: Iterable[Row], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from tasks.checkpoints.models import load_model, load_student, load_tokenizer
 from tasks.runtime.stage import Context, Metrics, StageError
@@ -12,36 +13,61 @@ from tasks.training.batches import TokenBatches
 from tasks.training.config import KDTrainConfig, SFTTrainConfig
 from tasks.training.objectives import KDObjective, SFTObjective
 from tasks.training.student import select_trainable
-from tasks.training.student_training import losses, read_examples, train_student
+from tasks.training.student_training import check_validation, read_examples, read_held_out, train_student
 from tasks.training.topk import TopKCache
+from tasks.training.validation import cross_entropy_measure, divergence_measure
 
 
-def train_sft(config: SFTTrainConfig, context: Context, student: Path, data: Path) -> Metrics:
+def train_sft(config: SFTTrainConfig, context: Context, student: Path, data: Path, validation: Path | None) -> Metrics:
     """The body of `sft_train`."""
-    examples, counts = read_examples(data, load_tokenizer(student), config)
+    check_validation(config, validation)
+    tokenizer = load_tokenizer(student)
+    examples, counts = read_examples(data, tokenizer, config)
+    held_out = None if validation is None else read_held_out(validation, tokenizer, config)
     model = load_student(student, config.scale_mode, context.device, config.attention)
     select_trainable(model, config)
-    rows = train_student(model, SFTObjective(model), TokenBatches(examples, config), config, context, student)
-    return {**losses(rows), **counts}
+    measure = None if held_out is None else cross_entropy_measure(model, held_out, config)
+    source = TokenBatches(examples, config)
+    _, metrics = train_student(model, SFTObjective(model), source, config, context, student, measure)
+    return {**metrics, **counts}
 
 
 def train_kd(
-    config: KDTrainConfig, context: Context, student: Path, teacher: Path, data: Path, teacher_topk: Path | None
+    config: KDTrainConfig,
+    context: Context,
+    student: Path,
+    teacher: Path,
+    data: Path,
+    teacher_topk: Path | None,
+    validation: Path | None,
 ) -> Metrics:
-    """The body of `kd_train`; StageError where teacher and student have other vocabularies."""
-    examples, counts = read_examples(data, load_tokenizer(student), config)
+    """The body of `kd_train`; StageError where teacher and student have other vocabularies.
+
+    Held-out data is measured against the teacher itself, cached or not.
+    """
+    check_validation(config, validation)
+    tokenizer = load_tokenizer(student)
+    examples, counts = read_examples(data, tokenizer, config)
+    held_out = None if validation is None else read_held_out(validation, tokenizer, config)
     model = load_student(student, config.scale_mode, context.device, config.attention)
     select_trainable(model, config)
     cache = None if teacher_topk is None else TopKCache(teacher_topk, examples, config.temperature)
-    full = None
-    if cache is None:
-        full = load_model(teacher, getattr(torch, config.teacher_dtype), context.device, config.attention)
-        full.requires_grad_(False)
-        if full.config.vocab_size != model.config.vocab_size:
-            raise StageError(
-                f"teacher and student differ in vocabulary size ({full.config.vocab_size} and "
-                f"{model.config.vocab_size}): distil from the model that the student was quantized from"
-            )
-    objective = KDObjective(model, full, config.direction, config.temperature)
-    rows = train_student(model, objective, TokenBatches(examples, config, cache), config, context, student)
-    return {**losses(rows), **counts}
+    full = None if cache is not None and held_out is None else _load_teacher(teacher, model, config, context.device)
+    measure = None
+    if held_out is not None and full is not None:
+        measure = divergence_measure(model, full, held_out, config)
+    objective = KDObjective(model, full if cache is None else None, config.direction, config.temperature)
+    source = TokenBatches(examples, config, cache)
+    _, metrics = train_student(model, objective, source, config, context, student, measure)
+    return {**metrics, **counts}
+
+
+def _load_teacher(teacher: Path, student: PreTrainedModel, config: KDTrainConfig, device: str) -> PreTrainedModel:
+    full = load_model(teacher, getattr(torch, config.teacher_dtype), device, config.attention)
+    full.requires_grad_(False)
+    if full.config.vocab_size != student.config.vocab_size:
+        raise StageError(
+            f"teacher and student differ in vocabulary size ({full.config.vocab_size} and "
+            f"{student.config.vocab_size}): distil from the model that the student was quantized from"
+        )
+    return full

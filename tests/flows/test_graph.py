@@ -118,7 +118,7 @@ def test_until_a_stage_that_runs_beside_the_others() -> None:
     graph = build_graph(run, "teacher_topk")
     assert {node.stage.name for node in graph.nodes.values()} == {"base_model", "dataset", "teacher_topk"}
     kd = stages(build_graph(run), "kd_train")[0]
-    assert set(kd.inputs) == {"student", "teacher", "data", "teacher_topk"}
+    assert set(kd.inputs) == {"student", "teacher", "data", "teacher_topk", "validation"}
 
 
 def test_until_a_stage_that_no_branch_has() -> None:

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import re
 from collections import Counter
 
@@ -5,6 +7,7 @@ import pytest
 
 from tasks.data.bundled_problems import (
     MAX_VALUE,
+    SPLITS,
     TIERS,
     Step,
     bundled_drills,
@@ -14,7 +17,6 @@ from tasks.data.bundled_problems import (
     split_of,
 )
 
-SPLITS = ("train", "calibration", "test")
 OPERATIONS = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -66,22 +68,42 @@ def _solve(chain: str) -> int:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_problem_lies_in_the_split_that_its_own_text_selects(split):
-    for row in bundled_problems(split, 400, seed=11):
+    for row in bundled_problems(split, 20 if split == "validation" else 400, seed=11):
         assert split_of(_chain_from_text(row["prompt"])) == split
 
 
 def test_splits_are_disjoint_over_many_draws():
     chains = {
-        split: {_chain_from_text(row["prompt"]) for seed in (1, 2) for row in bundled_problems(split, 700, seed)}
-        for split in SPLITS
+        split: {_chain_from_text(row["prompt"]) for seed in (1, 2) for row in bundled_problems(split, count, seed)}
+        for split, count in {"train": 700, "calibration": 700, "validation": 60, "test": 700}.items()
     }
-    assert not chains["train"] & chains["test"]
-    assert not chains["train"] & chains["calibration"]
-    assert not chains["calibration"] & chains["test"]
+    assert chains.keys() == set(SPLITS)
+    assert len(set.union(*chains.values())) == sum(map(len, chains.values()))
+
+
+def test_validation_took_no_problem_from_what_models_were_made_with():
+    """Digests of the recipes' draws, from before there was a validation split."""
+    curriculum = [
+        row for step in range(8) for row in bundled_problems("train", 18, step) + bundled_stories("train", 1, step)
+    ]
+    drawn = {
+        "48112e1b39c1700a": bundled_problems("calibration", 256, 5),
+        "667e88d0edf8a12c": bundled_stories("calibration", 256, 5),
+        "2c4d1db214077522": bundled_problems("calibration", 500, 4321),
+        "79dac6478ac01ca9": bundled_problems("train", 1024, 4242),
+        "6be424baeb13994c": bundled_stories("train", 512, 4242),
+        "3e464dba93ac60e9": bundled_problems("train", 1024, 77),
+        "10c5f513a19ccafd": bundled_problems("test", 500, 999),
+        "6160345c115b22bf": curriculum,
+    }
+    for expected, rows in drawn.items():
+        assert hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16] == expected
 
 
 def test_split_law_ignores_wording_and_covers_the_declared_shares():
     counts = Counter(split_of(f"{start};gain {n};lose 1") for start in range(1, 101) for n in range(1, 101))
+    assert counts["calibration"] / 10_000 == pytest.approx(0.05, abs=0.01)
+    assert counts["validation"] / counts["calibration"] == pytest.approx(1 / 80, abs=0.01)
     assert counts["train"] / 10_000 == pytest.approx(0.90, abs=0.01)
     assert counts["test"] / 10_000 == pytest.approx(0.05, abs=0.01)
     assert canonical_content(12, [Step("gain", (7,), ()), Step("echo", (), ())]) == "12;gain 7;echo"
@@ -122,7 +144,7 @@ def test_tiers_restrict_and_are_otherwise_all_present():
 
 def test_stories_have_no_arithmetic_and_keep_their_split():
     for split in SPLITS:
-        rows = bundled_stories(split, 50, seed=2)
+        rows = bundled_stories(split, 10 if split == "validation" else 50, seed=2)
         assert all(row["prompt"] == "" and not re.search(r"\d|[+*/=]", row["response"]) for row in rows)
         assert all(split_of(row["response"]) == split for row in rows)
 
@@ -136,7 +158,7 @@ def test_drills_are_true():
 
 def test_bad_arguments_name_what_is_allowed():
     with pytest.raises(ValueError, match="train, calibration, test"):
-        bundled_problems("validation", 1, seed=0)
+        bundled_problems("dev", 1, seed=0)
     with pytest.raises(ValueError, match="2-3, 4, 5-6"):
         bundled_problems("train", 1, seed=0, tiers=["7"])
     with pytest.raises(ValueError, match="2-3, 4, 5-6"):

@@ -98,4 +98,5 @@ def _prefect(environment: dict[str, str], *arguments: str) -> None:
     command = [sys.executable, "-m", "prefect", *arguments]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ServerError(f"prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+        last = f"{done.stdout}{done.stderr}".strip().splitlines()[-1:]
+        raise ServerError(f"prefect {' '.join(arguments)} failed: {''.join(last)[:200]}")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,6 +37,7 @@ class StageExecutor:
         self._slots = threading.BoundedSemaphore(jobs)
         self._num_threads = num_threads
         self._idle: list[_Worker] = []
+        self._running: set[Future[Outcome]] = set()
         self._starting = threading.Lock()
         self.ended = False
         """Whether `close` or `kill` was called: what fails then says nothing of the stage."""
@@ -75,9 +75,13 @@ class StageExecutor:
                     raise StageError(f"stage {run.stage.name} was not started: the run is being stopped")
                 worker = _Worker(self._num_threads) if fresh or not self._idle else self._idle.pop()
                 try:
-                    return worker, worker.submit(run, report)
+                    future = worker.submit(run, report)
                 except BrokenProcessPool:  # it died while it was idle
                     worker.end()
+                    continue
+                self._running.add(future)
+                future.add_done_callback(self._running.discard)
+                return worker, future
 
     def _release(self, worker: _Worker, keep: bool) -> None:
         with self._starting:
@@ -98,12 +102,11 @@ class StageExecutor:
         """End all workers within seconds; what they had checkpointed, or save now, stays in scratch."""
         with self._starting:
             self.ended = True
+            running = list(self._running)
         workers = multiprocessing.active_children()
         for worker in workers:
             worker.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
-        for worker in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
+        wait(running, STOP_SECONDS)  # for what they run; to unload torch takes a process seconds
         for worker in workers:
             worker.kill()
             end_group(worker.pid)

@@ -34,6 +34,8 @@ class StageExecutor:
     """
 
     def __init__(self, jobs: int, num_threads: int) -> None:
+        # A killed worker leaves tqdm's semaphore to Python's tracker, which removes it, and need not tell the user.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         self._slots = threading.BoundedSemaphore(jobs)
         self._num_threads = num_threads
         self._idle: list[_Worker] = []

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -107,8 +106,3 @@ def write_telemetry(folder: Path, timings: pa.Table, hardware: Mapping[str, Any]
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def read_samples(folder: Path) -> pd.DataFrame:
-    """The samples of an evaluation artifact."""
-    return pd.read_parquet(folder / SAMPLES_FILE)

@@ -25,7 +25,7 @@ class FakeEngine:
 
     def generate(self, requests, sampling, on_finished=None, on_tokens=None):
         self.calls.append([request.seed for request in requests])
-        answers = []
+        answers, self.stops = [], sampling.stop_token_ids
         for index, request in enumerate(requests):
             if self.lives == 0:
                 raise KeyboardInterrupt
@@ -138,6 +138,15 @@ def test_killed_generation_resumes_after_the_last_whole_batch(run, data, fake_en
     assert [len(call) for call in fake_engine.calls] == [3, 2]
     assert journal.read_bytes().startswith(kept)
     assert torch.equal(resumed["input_ids"], undisturbed["input_ids"])
+
+
+def test_the_models_own_end_tokens_stop_it(run, data, base, fake_engine):
+    """Those of config.json too, as in evaluation and training."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 9]}))
+    options = {"packing": "examples", "num_sequences": 8, "sequence_length": 64}
+    run(data(ROWS), generation={"max_new_tokens": 16}, **options)
+    assert {7, 9, load_tokenizer(base).eos_token_id} <= set(fake_engine.stops)
 
 
 def test_real_engine_is_deterministic(run, data, tmp_path):

@@ -42,6 +42,7 @@ def _check(config: GRPOTrainConfig) -> None:
     chooses=lambda config: {
         "tasks.sampling.registry:ENGINES": config.generation.engine,
         "tasks.judging.judge:JUDGES": config.kind,
+        "tasks.judging.questions:TRUTHS": config.kind,
     },
     fresh_process=lambda config: config.generation.kind.outlives_stage,
 )

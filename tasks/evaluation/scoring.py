@@ -17,7 +17,7 @@ from tasks.evaluation.config import EvaluateConfig
 from tasks.evaluation.lighteval_compat import extracted_letter
 from tasks.judging.judge import judge_choices, judge_code, judge_math, num_workers, open_code_grader
 from tasks.judging.math_answer import Grader, Verdict
-from tasks.judging.questions import Problem, check_tests
+from tasks.judging.questions import Problem, checked_tests
 from tasks.judging.response import Response
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ def _open_choice_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> 
 
 @contextmanager
 def _open_code_scorer(config: EvaluateConfig, problems: Sequence[Problem]) -> Iterator[Score]:
-    for problem in problems:
-        check_tests(problem)
-    tests = {problem.answer: problem.details for problem in problems}  # the answer names them
+    tests = {problem.answer: checked_tests(problem) for problem in problems}  # the answer names them
     with open_code_grader(config.unsafe_code) as grader:
         yield lambda responses, golds: score_code(grader, responses, [tests[gold] for gold in golds])
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tasks.judging.choice_answer import LETTERS
-from tasks.judging.code_tests import parse_tests
 from tasks.judging.response import JudgedKind
 from tasks.runtime.stage import StageError
 
@@ -76,8 +75,26 @@ def _multiple_choice(problem: Problem, seed: int, suffix: str) -> Question:
     return Question(problem.id, prompt, LETTERS[order.index(0)], problem.tier, json.dumps({"order": order}))
 
 
-def check_tests(problem: Problem) -> None:
-    """StageError unless a programming problem's details are tests that can be run."""
+_ASK: dict[JudgedKind, Callable[[Problem, int, str], Question]] = {
+    "math": _free_form,
+    "choice": _multiple_choice,
+    "code": _free_form,
+}
+
+
+def truth(kind: JudgedKind, problem: Problem, question: Question) -> str:
+    """What the judge of this kind compares a response to the question with.
+
+    Raises:
+        StageError: a programming problem's tests cannot be run.
+    """
+    return TRUTHS[kind](problem, question)
+
+
+def checked_tests(problem: Problem) -> str:
+    """A programming problem's tests, as JSON.  StageError unless they can be run."""
+    from tasks.judging.code_tests import parse_tests  # with the driver of programs, which other kinds have none of
+
     try:
         parse_tests(problem.details)
     except ValueError as error:
@@ -85,10 +102,15 @@ def check_tests(problem: Problem) -> None:
             f"problem {problem.id!r} has no tests that can be run: {error}; set another kind, or give a data set whose "
             "details column holds them"
         ) from error
+    return problem.details
 
 
-_ASK: dict[JudgedKind, Callable[[Problem, int, str], Question]] = {
-    "math": _free_form,
-    "choice": _multiple_choice,
-    "code": _free_form,
-}
+def _gold(problem: Problem, question: Question) -> str:
+    return question.gold
+
+
+def _tests(problem: Problem, question: Question) -> str:
+    return checked_tests(problem)
+
+
+TRUTHS: dict[JudgedKind, Callable[[Problem, Question], str]] = {"math": _gold, "choice": _gold, "code": _tests}

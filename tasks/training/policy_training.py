@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tasks.checkpoints.models import load_model, load_student, load_tokenizer
 from tasks.data.prompts import encode_prompt, opens_reasoning, render_prompt
 from tasks.judging.judge import Judge
-from tasks.judging.questions import Problem, ask, check_tests
+from tasks.judging.questions import Problem, ask, truth
 from tasks.runtime.stage import Context, Metrics, StageError
 from tasks.sampling.engine import Completion, Request, Student
 from tasks.sampling.open import open_sampler, sampling_params
@@ -74,10 +74,10 @@ def read_prompts(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTra
         StageError: none is left, or a problem's choices or tests are not of the form that its kind needs.
     """
     prompts, num_dropped = [], 0
-    truth = "details" if config.kind == "code" else "answer"
+    needed = "details" if config.kind == "code" else "answer"
     for row in read_rows(data, ("id", "prompt", "answer", "tier", "details")):
         prompt = None
-        if row["prompt"] and row[truth]:
+        if row["prompt"] and row[needed]:
             prompt = _prompt(Problem(**row), tokenizer, config)
         if prompt is not None and len(prompt.token_ids) <= config.max_prompt_length:
             prompts.append(prompt)
@@ -86,7 +86,7 @@ def read_prompts(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTra
     if not prompts:
         raise StageError(
             f"no problem is left: all {num_dropped} rows lack a prompt or what kind={config.kind!r} compares with "
-            f"({truth}), or have more than max_prompt_length={config.max_prompt_length} prompt tokens. Choose other "
+            f"({needed}), or have more than max_prompt_length={config.max_prompt_length} prompt tokens. Choose other "
             "problems, or raise it."
         )
     return prompts, num_dropped
@@ -103,12 +103,9 @@ def _held_out(data: Path, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainC
 def _prompt(problem: Problem, tokenizer: PreTrainedTokenizerBase, config: GRPOTrainConfig) -> Prompt:
     generation = config.generation
     question = ask(config.kind, problem, config.seed, generation.prompt_suffix)
-    if config.kind == "code":
-        check_tests(problem)
-    truth = problem.details if config.kind == "code" else question.gold
     ids = encode_prompt(tokenizer, question.prompt, generation.enable_thinking)
     opened = opens_reasoning(render_prompt(tokenizer, question.prompt, generation.enable_thinking))
-    return Prompt(problem.id, tuple(ids), truth, opened)
+    return Prompt(problem.id, tuple(ids), truth(config.kind, problem, question), opened)
 
 
 def _generate(

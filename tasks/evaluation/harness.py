@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from tasks.evaluation.scoring import Score, Scores, open_scorer
 from tasks.evaluation.statistics import summarize
 from tasks.judging.questions import Problem, Question, ask
 from tasks.judging.response import Response
-from tasks.judging.sandbox import why_unavailable
 from tasks.runtime.machine import hardware, package_versions
 from tasks.runtime.stage import Context
 from tasks.sampling.engine import SamplingParams
@@ -169,14 +169,18 @@ def run(
     return samples, results, Measured(timings, seconds)
 
 
+def _ran_unsafely(samples: pa.Table) -> bool:
+    """Whether programs ran without a sandbox: one that works is used even where it need not be."""
+    return not all(json.loads(details)["sandboxed"] for details in samples.column("details").to_pylist())
+
+
 def _results(evaluation: Evaluation, samples: pa.Table) -> dict[str, Any]:
     config = evaluation.config
     frame = samples.drop_columns(["prompt_ids", "output_ids", "output_text"]).to_pandas()
     return {
         "task": config.name,
         "kind": config.kind,
-        "unsafe_code": config.unsafe_code
-        and why_unavailable() is not None,  # a sandbox that works is used all the same
+        "unsafe_code": config.kind == "code" and _ran_unsafely(samples),
         "harness": lighteval.HARNESS,
         "engine": config.generation.engine,
         "sampling": {

@@ -82,11 +82,6 @@ def quantize(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     return _preclip_codes(w, scale, zero).clamp_(scheme.qmin, scheme.qmax).to(scheme.code_dtype)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """s * (q - z) in float32, with the shape of `codes`; scale and zero broadcast."""
-    return (codes.float() - zero).mul_(scale)
-
-
 def snap_grid(scale: Tensor, zero: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """The grid as stored and used: scale positive and exact in its dtype, zero an integer among the codes."""
     return _stored(scale.float(), scheme), zero.float().round().clamp_(scheme.qmin, scheme.qmax)

@@ -1,6 +1,6 @@
 """The student's linear layers: latent float32 weights, fake-quantized in every forward pass.
 
-`prepare` and `convert` are inverse in structure, and `convert` keeps the outputs bit for bit.
+A checkpoint's plain weights (site_tensors.folded_tensors) give the same outputs bit for bit.
 Dimensions: O output features, I input features, G groups per row; x_BTI is batch, tokens, input features.
 """
 
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from quant.grids.affine import CHECKPOINT_DTYPE, LinearState, fake_quantize, grouped, minmax_grid, rtn, snap_grid
 from quant.grids.dynamic import DynamicGrid, dynamic_gradients, dynamic_grid, dynamic_values
 from quant.grids.scheme import ScaleMode, Scheme
-from quant.student.sites import INPUT_QUANTIZER, Clip, InputQuantizer, LayerSites, attach, attach_input
+from quant.student.sites import Clip, LayerSites, attach
 from quant.student.targets import check_group_size, check_states, target_linears
 from quant.transforms.kronecker import WeightBasis
 
@@ -184,26 +184,6 @@ def prepare(
     return model
 
 
-@torch.no_grad()
-def convert(model: Model) -> Model:
-    """Put a plain nn.Linear with the rounded weights for each QuantLinear; outputs stay the same bits.
-
-    Quantizers of activations and caches stay in place.
-    """
-    modules = dict(quantized_linears(model))
-    for name in list(modules):
-        module = modules.pop(name)  # one layer at a time has its old and new weights in memory
-        weight_OI = module.rounded_weight(module.plain_dtype)
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight_OI)
-        linear.register_parameter("bias", module.bias if module.basis is None else _bias_parameter(module))
-        quantizer = getattr(module, INPUT_QUANTIZER, None)
-        if isinstance(quantizer, InputQuantizer):
-            attach_input(linear, quantizer)
-        model.set_submodule(name, linear.train(module.training))
-    return model
-
-
 @contextmanager
 def materialized(model: nn.Module) -> Iterator[None]:
     """Inside, each QuantLinear computes with weights rounded once, on entry, and gradients are off: generate.
@@ -252,10 +232,6 @@ def _learned_basis(name: str, sites: Mapping[str, LayerSites]) -> WeightBasis | 
 def _minmax(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     scale_OG1, zero_OG1 = minmax_grid(grouped(weight_OI, scheme), scheme)
     return scale_OG1.squeeze(-1), zero_OG1.squeeze(-1)
-
-
-def _bias_parameter(module: QuantLinear) -> nn.Parameter | None:
-    return None if module.bias is None else nn.Parameter(module.bias_in_basis().to(module.plain_dtype))
 
 
 def _hold(module: nn.Module, name: str, tensor: Tensor | None, *, trainable: bool) -> None:

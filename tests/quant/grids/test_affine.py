@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.grids import affine
-from quant.grids.affine import dequantize, fake_quantize, grouped, minmax_grid, mse_grid, quantize, snap_grid
+from quant.grids.affine import fake_quantize, grouped, minmax_grid, mse_grid, quantize, snap_grid
 from quant.grids.scheme import ScaleRule, Scheme
 
 # bf16 keeps 8 significant bits: rounding to it moves a value by at most 2^-8 of itself.
@@ -30,6 +30,10 @@ SCHEMES = [
 ]
 scheme_cases = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return (codes.float() - zero) * scale
 
 
 def bf16(value: float) -> float:

@@ -23,12 +23,12 @@ from quant.student.linear import (
     LinearState,
     QuantLinear,
     check_group_size,
-    convert,
     linear_states,
     materialized,
     prepare,
     quantized_linears,
 )
+from tests.quant.plain import convert
 
 ARCHITECTURES: dict[str, Any] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

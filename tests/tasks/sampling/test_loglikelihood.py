@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from quant.grids.scheme import Scheme
-from quant.student.linear import convert, prepare
+from quant.student.linear import prepare
 from quant.student.sites import quantizers_disabled
 from tasks.checkpoints.models import load_model
 from tasks.sampling import loglikelihood as scoring
 from tasks.sampling.engine import TokenPair
 from tasks.sampling.transformers_engine import TransformersEngine
+from tests.quant.plain import convert
 from tests.tasks.sampling.test_transformers_engine import LIMIT, VOCABULARY, make_model
 
 PAIRS: list[TokenPair] = [

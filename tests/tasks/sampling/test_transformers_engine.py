@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from quant.grids.scheme import Scheme
-from quant.student.linear import convert, prepare, quantized_linears
+from quant.student.linear import prepare, quantized_linears
 from quant.student.sites import quantizers_disabled
 from tasks.checkpoints.models import load_model
 from tasks.runtime.stage import StageError
@@ -24,6 +24,7 @@ from tasks.sampling.draws import uniform_streams
 from tasks.sampling.engine import Completion, EngineOptions, Request, SamplingParams
 from tasks.sampling.registry import open_engine
 from tasks.sampling.transformers_engine import TransformersEngine
+from tests.quant.plain import convert
 
 VOCABULARY = 40
 LIMIT = 48

@@ -11,13 +11,14 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quant.grids.scheme import Scheme
-from quant.student.linear import convert, prepare
+from quant.student.linear import prepare
 from quant.student.site_tensors import folded_tensors
 from tasks.sampling.canary import StaleWeightsError
 from tasks.sampling.engine import Completion, EngineOptions, Request, SamplingParams
 from tasks.sampling.registry import open_engine
 from tasks.sampling.transformers_engine import TransformersEngine
 from tasks.sampling.vllm_engine import STREAM_INTERVAL, VLLMEngine
+from tests.quant.plain import convert
 
 LIMIT = 128
 GREEDY = SamplingParams(0.0, 1.0, 16, tuple(range(1, 160, 12)))

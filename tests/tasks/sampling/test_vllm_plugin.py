@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant.student.linear import convert
 from tasks.checkpoints.models import load_model
 from tasks.runtime.stage import StageError
 from tasks.sampling.canary import StaleWeightsError
 from tasks.sampling.engine import EngineOptions, Request, SamplingParams
 from tasks.sampling.transformers_engine import TransformersEngine
 from tasks.sampling.vllm_engine import VLLMEngine
+from tests.quant.plain import convert
 
 CONTEXT, NUM_TOKENS = 128, 24
 GREEDY = SamplingParams(0.0, 1.0, 16, ())

@@ -40,7 +40,10 @@ class StageRun:
 
     def __post_init__(self) -> None:
         if self.code is None:
-            object.__setattr__(self, "code", code_of(self.entry))
+            try:
+                object.__setattr__(self, "code", code_of(self.entry))
+            except SyntaxError as error:
+                raise StageError(f"{brief(str(error))}: mend the file, stage {self.stage.name} runs it") from error
 
     @property
     def definitions(self) -> Mapping[str, Mapping[str, str]]:

@@ -292,3 +292,13 @@ def test_what_changes_no_bit_stays_out_of_the_key_at_any_depth() -> None:
         assert plain.model_copy(update={"generation": generation}).keyed() == plain.keyed(), name
     other = plain.generation.model_copy(update={"temperature": 0.5})
     assert plain.model_copy(update={"generation": other}).keyed() != plain.keyed()
+
+
+def test_a_source_that_is_no_python_is_one_message(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_entry: object) -> None:
+        raise SyntaxError("invalid syntax", ("quant/methods/awq.py", 167, 1, "def f(", 167, 2))
+
+    monkeypatch.setattr("tasks.runtime.execute.code_of", broken)
+    with pytest.raises(StageError, match=r"invalid syntax \(awq\.py, line 167\): mend the file") as caught:
+        source_run(store)
+    assert len(str(caught.value)) <= 300

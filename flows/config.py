@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -159,11 +160,20 @@ def _set(node: dict[str, Any], path: str, text: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {shortened(path)}: {part} was set to a value before, which has no fields")
     if leaf not in (known := _fields(model)):
-        raise ConfigError(f"unknown key {shortened(path)!r}; {nearest(leaf, list(known))}")
+        raise ConfigError(f"unknown key {shortened(path)!r}; {_meant(leaf, model) or nearest(leaf, list(known))}")
     try:
         node[leaf] = parse_value(text, known[leaf])
     except ValueError as error:
         raise ConfigError(f"--set {shortened(path)}={shortened(text)}: {error}") from error
+
+
+def _meant(leaf: str, model: type) -> str:
+    """A hint for a name that stands in a section further down; "" if none does."""
+    for name in _fields(model):
+        with contextlib.suppress(ConfigError):
+            if leaf in _fields(_submodel(model, name)):
+                return f"did you mean {name + '.' + leaf!r}?"
+    return ""
 
 
 def _submodel(model: type, part: str) -> type:

@@ -55,6 +55,7 @@ def test_model_is_short_for_the_base_model() -> None:
     [
         ("kd_train.stepz=3", "did you mean 'steps'"),
         ("kd_trian.steps=3", "did you mean 'kd_train'"),
+        ("evaluate.engine=vllm", "did you mean 'generation.engine'"),
         ("kd_train.steps=many", "kd_train.steps"),
         ("kd_train.steps", "section.field=value"),
         ("W2G128 KD:kd_train.steps=3", "unknown branch"),

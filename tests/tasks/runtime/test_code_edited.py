@@ -47,7 +47,7 @@ def main(old, new, when):
 if __name__ == "__main__":
     main(*sys.argv[1:])
 """
-EDIT = ('"seed": config.seed, "counts"', '"seed": config.seed, "edited": True, "counts"')
+EDIT = ('"seed": config.seed,', '"seed": config.seed, "edited": True,')
 WORDS = ("    description = {", "    # words\n    description = {")
 
 

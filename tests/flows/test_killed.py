@@ -103,6 +103,7 @@ def run_and_end(store: Path, number: signal.Signals, total: int, at: int) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_that_is_ended_resumes_and_gives_the_same_digests(tmp_path: Path) -> None:
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
     for number, at in ((signal.SIGKILL, 6), (signal.SIGTERM, 13), (signal.SIGINT, 20)):

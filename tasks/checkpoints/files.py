@@ -37,9 +37,14 @@ class TensorInfo:
 
 def refused(path: Path, what: str, remedy: str) -> StageError:
     """One message of at most MOST_CHARS characters: the file or folder, what is wrong with it, what to do."""
-    place = str(path) if len(str(path)) <= _PLACE_CHARS else "…" + str(path)[1 - _PLACE_CHARS :]
     room = MOST_CHARS - _PLACE_CHARS - len(": ; ") - len(remedy)
-    return StageError(f"{shorten(place, _PLACE_CHARS)}: {shorten(what, room)}; {remedy}")
+    return StageError(f"{place(path)}: {shorten(what, room)}; {remedy}")
+
+
+def place(path: Path) -> str:
+    """A file or folder as a message names it."""
+    text = str(path) if len(str(path)) <= _PLACE_CHARS else "…" + str(path)[1 - _PLACE_CHARS :]
+    return shorten(text, _PLACE_CHARS)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from artifacts.files import file_sha256
-from tasks.checkpoints.files import INDEX, write_json
+from tasks.checkpoints.files import INDEX, place, write_json
 from tasks.checkpoints.folders import (
     CONFIG,
     CONFIG_FILES,
@@ -57,9 +58,21 @@ def import_folder(path: Path, output: Path, progress: Progress) -> tuple[int, st
     config = {name: value for name, value in folder.config.items() if name not in SECTIONS or value is not None}
     if config != folder.config:
         write_json(output / CONFIG, config)
-    if not admit(output) and config.get("tie_word_embeddings"):
+    with _named(output, path):
+        tied = admit(output)
+    if not tied and config.get("tie_word_embeddings"):
         write_json(output / CONFIG, config | {"tie_word_embeddings": False})
     return total, digest.hexdigest()
+
+
+@contextmanager
+def _named(copy: Path, folder: Path) -> Iterator[None]:
+    """What is wrong with the copy is told of the folder that the user can mend."""
+    try:
+        yield
+    except StageError as error:
+        told = re.sub(rf"\S*{re.escape(copy.name)}", lambda _: place(folder), str(error))
+        raise StageError(told) from error
 
 
 @cache  # asked once per process, so that all of a run means the same

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors.torch import load_file, save_file
 
 import tasks.base_model
 from tasks.base_model import BaseModelConfig, base_model, source_digest
-from tasks.checkpoints.import_model import hub_commit
+from tasks.checkpoints.import_model import hub_commit, import_folder
 from tasks.checkpoints.models import check_model_folder
 from tasks.runtime.stage import Context, StageError
 
@@ -169,3 +170,14 @@ def test_bundled_model_is_found_beside_the_artifacts_package(make_model_folder, 
     make_model_folder("qwen3", name="artifacts/bundled/model")
     output, _ = run()
     check_model_folder(output)
+
+
+def test_what_is_wrong_with_the_copy_is_told_of_the_folder_that_was_given(make_model_folder, tmp_path: Path) -> None:
+    folder, output = make_model_folder("qwen2"), tmp_path / ".tmp-copy"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    output.mkdir()
+    with pytest.raises(StageError, match=r"model\.norm\.weight holds NaN") as told:
+        import_folder(folder, output, lambda done, total, name: None)
+    assert str(told.value).startswith(f"{folder}: ") and ".tmp-copy" not in str(told.value)

@@ -21,6 +21,7 @@ from flows.recipes import RECIPES, configured
 from flows.server import ServerError, ServerLost
 from flows.stage_runs import check_request
 from flows.terminal import console, errors
+from tasks.runtime.machine import version_differences
 from tasks.runtime.processes import Terminated, raising_terminated
 from tasks.runtime.stage import StageError
 
@@ -221,6 +222,8 @@ def show(
     console.print(f"path   {path}\nintact {escape(intact)}", soft_wrap=True)
     for record in (r for r in store.records() if r.ref == ref):
         console.print_json(json.dumps(record.to_dict()))
+        for difference in version_differences(record):
+            console.print(f"[yellow]made with other versions[/]: {escape(difference)}", highlight=False)
         if record.telemetry is not None:
             show_telemetry(store, record.telemetry, console)
     if problems:

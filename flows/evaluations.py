@@ -15,6 +15,7 @@ from artifacts.refs import Ref
 from artifacts.store import Store, StoreError
 from tasks.evaluation.statistics import paired_bootstrap
 from tasks.reporting import evaluation, regressions, tables
+from tasks.runtime.machine import version_differences
 
 KIND = "evaluation"
 MOST_DISAGREEMENTS = 8  # named on the terminal; results.json names more
@@ -72,6 +73,7 @@ def compare_evaluations(store: Store, before: str, after: str, page: Path, most:
     names = old.ref.short, new.ref.short
     figures = _figures(old_samples, new_samples, names)
     differing = [found for found in differences(old.payload, new.payload) if found != "input checkpoint changed"]
+    differing += version_differences(old, new.provenance.get("versions", {}))
     changes = regressions.find_changes(old_samples, new_samples, most)
     console.print(tables.rich_table(figures, f"{names[1]} against {names[0]}; ~ is within noise"))
     for difference in differing:

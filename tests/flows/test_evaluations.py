@@ -60,7 +60,9 @@ def commit(
         "code": "c",
         "config": config,
         "inputs": {n: str(r) for n, r in inputs.items()},
+        "packages": {"torch": "2.0"},
     }
+    version = str(config.get("torch", "2.0.1"))
     key, folder = store.key(payload), store.new_folder()
     telemetry = store.scratch(key) / "telemetry" if kind == "evaluation" else None
     if telemetry is not None:
@@ -74,7 +76,8 @@ def commit(
             content.to_parquet(folder / name)
         else:
             (folder / name).write_text(json.dumps(content))
-    return store.commit(folder, kind, key, payload, {"metrics": {}}, telemetry=telemetry)
+    provenance = {"metrics": {}, "versions": {"torch": version}}
+    return store.commit(folder, kind, key, payload, provenance, telemetry=telemetry)
 
 
 def commit_evaluation(
@@ -144,3 +147,12 @@ def test_compare_names_the_remedy(store: Store) -> None:
     assert code == 1 and f"is no evaluation: its evaluations are {before.short}" in output
     code, output = run("compare", "feed", before.short)
     assert code == 1 and "no artifact begins with 'feed'" in output
+
+
+def test_versions_that_differ_are_told_by_show_and_compare(store: Store, tmp_path: Path) -> None:
+    before = commit_evaluation(store, 9, "good", torch="2.0.1")
+    after = commit_evaluation(store, 3, "bad", torch="2.0.2")
+    code, output = run("compare", before.short, after.short, "--output", str(tmp_path / "page.html"))
+    assert code == 0 and "they also differ: torch 2.0.1 -> 2.0.2" in output, output
+    code, output = run("show", before.short)
+    assert code == 0 and "made with other versions: torch 2.0.1 -> " in output, output

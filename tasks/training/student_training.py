@@ -90,7 +90,7 @@ def train_student(
     write_log(rows, context.output / LOG_FILE)
     losses = [row["loss"] for row in rows if "loss" in row]  # none where the first step diverged
     trained = {"first_loss": losses[0], "final_loss": losses[-1]} if losses else {}
-    return rows, {**trained, **selection.facts(rows)}
+    return rows, {**selection.facts(rows), **trained}
 
 
 def write_log(rows: Iterable[Row], path: Path) -> None:

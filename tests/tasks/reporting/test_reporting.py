@@ -225,6 +225,17 @@ def test_curves_skip_fields_that_no_log_has_and_gaps_in_those_that_do() -> None:
         figures.curves_figure([TrainingCurve("g", "grpo_train", log)], figures.LOSS_PANELS)
 
 
+def test_held_out_curves_begin_at_the_start_beside_the_loss() -> None:
+    log: list[dict[str, Any]] = [{"step": 0, "validation_kl": 0.5}, {"step": 1, "loss": 2.0}]
+    log.append({"step": 2, "loss": 1.0, "validation_kl": 0.25})
+    figure = figures.curves_figure([TrainingCurve("k", "kd_train", log)], figures.LOSS_PANELS)
+    drawn = {axes.get_title(loc="left"): axes.lines[0].get_xydata().tolist() for axes in figure.axes}  # type: ignore[union-attr]
+    assert drawn == {
+        "training loss": [[1.0, 2.0], [2.0, 1.0]],
+        "held-out KL to the teacher, nats per token": [[0.0, 0.5], [2.0, 0.25]],
+    }
+
+
 def test_long_curves_are_smoothed_over_a_fiftieth_of_their_length() -> None:
     log: list[dict[str, Any]] = [{"step": step, "loss": float(step % 2)} for step in range(1, 201)]
     axes = figures.curves_figure([TrainingCurve("k", "kd_train", log)], figures.LOSS_PANELS).axes[0]

@@ -173,6 +173,7 @@ def test_data_that_cannot_be_had_ends_the_run_before_any_compute(
         "base_model",
         "calibration_data",
         "train_data",
+        "validation_data",
         "rl_data",
         "test_data",
         "test_data:gpqa_diamond",

@@ -7,8 +7,8 @@ Departure: the paper names no sampling temperature for rollouts, no KL weight an
 temperature 1, no KL, "grpo", one update per rollout.
 Departure: Table 7 names one learning rate; transforms and clips (W4A4KV4) keep Table 6's ratios to it, 50 and 500.
 
-Started from a PTQ checkpoint this is the paper's zero-RL: when no completion is right, every advantage is 0, the steps
-change nothing, and the log shows it (reward_mean, zero_reward_fraction, answer_found_rate).
+Started from a PTQ checkpoint this is the paper's zero-RL: while no completion is right, every advantage is 0, the steps
+teach nothing, and the log shows it (reward_mean, zero_reward_fraction, answer_found_rate).
 """
 
 from __future__ import annotations

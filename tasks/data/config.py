@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from tasks.data.benchmarks import HUB, BenchmarkName
-from tasks.data.fields import AnswerRule
+from tasks.data.fields import HUB_PRESETS, AnswerRule
 from tasks.runtime.bounds import Count, Seed, Whole
 from tasks.runtime.stage import StageConfig
 
@@ -54,6 +54,17 @@ class DatasetConfig(StageConfig):
     @property
     def is_bundled(self) -> bool:
         return self.source in (BUNDLED, BUNDLED_STORIES)
+
+    @property
+    def known_preset(self) -> str | None:
+        """The preset that is named, or that a hub id of `source` stands for."""
+        return self.preset or HUB_PRESETS.get(self.source.lower())
+
+    def keyed(self) -> dict[str, Any]:
+        """With the preset that `source` chooses: a content digest stands for `source`, and another name for the same
+        content (a renamed data set, a local copy) may choose none.
+        """
+        return super().keyed() | {"preset": self.known_preset}
 
     @model_validator(mode="after")
     def _benchmark_is_known(self) -> Self:

@@ -19,7 +19,7 @@ from tasks.data import sources
 from tasks.data.benchmark_rows import benchmark_digest, read_benchmark
 from tasks.data.bundled_problems import bundled_problems, bundled_stories
 from tasks.data.config import BUNDLED, FIELDS, DatasetConfig
-from tasks.data.fields import HUB_PRESETS, LICENCES, Example, FieldMap, Row, choose_fields, described, recognise
+from tasks.data.fields import LICENCES, Example, FieldMap, Row, choose_fields, described, recognise
 from tasks.data.files import is_plain_text
 from tasks.data.hub import commit_of, hub_table
 from tasks.data.mapping import to_example
@@ -129,7 +129,7 @@ def _open(config: DatasetConfig, promised: str | None) -> _Source:
             f"data set {shorten(config.source)} (split {shorten(config.split, 40)}) has no rows: give another file or "
             "split"
         )
-    preset = config.preset or HUB_PRESETS.get(config.source.lower()) or _recognised(columns)
+    preset = config.known_preset or _recognised(columns)
     kinds = {name: column.kind for name, column in columns.items()}
     given = {name: getattr(config, f"{name}_field") for name in FIELDS}
     fields = choose_fields(kinds, preset, given | {"answer_rule": config.answer_rule})

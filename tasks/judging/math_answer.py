@@ -1,6 +1,6 @@
 """The math verifier that training rewards and evaluation share, and the paper's way of scoring beside it.
 
-Strict: the last box after the last </think>; in evaluation, where there is no box, an answer that is stated as such.
+Strict: the last box after the last </think>; where there is no box, an answer that is stated as such.
 The paper's harness: the last box of the whole response, and where there is none whatever looks like an answer.
 """
 

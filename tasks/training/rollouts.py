@@ -134,7 +134,7 @@ def _tell_of_no_reward(rollout: Rollout) -> None:
     if not bool(rollout.rewards_PG.any()):
         num, found = len(rollout.verdicts), sum(v.extracted is not None for v in rollout.verdicts)
         logger.warning(
-            "none of %d completions was right, so this rollout changes nothing; an answer was found in %d, and %d were "
+            "none of %d completions was right, so this rollout teaches nothing; an answer was found in %d, and %d were "
             "cut off", num, found, sum(c.finish_reason == "length" for c in rollout.completions),
         )  # fmt: skip
 

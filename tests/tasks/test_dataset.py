@@ -150,3 +150,10 @@ def test_a_file_that_changes_after_the_key_was_made_is_refused(problems, tmp_pat
     problems.write_text(problems.read_text().replace("1+1", "9+1"))
     with pytest.raises(StageError, match=r"changed since the run began.*run the same command again"):
         dataset(config, context)
+
+
+def test_a_name_that_chooses_the_columns_is_part_of_the_key():
+    """The commit stands for the hub's id, and a renamed data set has one commit under two names."""
+    known, renamed = DatasetConfig(source="openai/gsm8k"), DatasetConfig(source="gsm8k")
+    assert known.keyed()["preset"] == "gsm8k" and renamed.keyed()["preset"] is None
+    assert DatasetConfig(source="gsm8k", preset="gsm8k").keyed()["preset"] == "gsm8k"

@@ -1,9 +1,11 @@
 """What of a generation enters a stage's key: what decides a sample, and the code of what computes it."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
+from artifacts.keys import REPOSITORY
 from tasks.calibrate import CalibrateConfig, calibrate
 from tasks.evaluate import EvaluateConfig, evaluate
 from tasks.grpo_train import GRPOTrainConfig, grpo_train
@@ -42,3 +44,13 @@ def test_the_code_is_that_of_the_engine_and_of_the_kind(stage, kind):
     assert sandbox not in plain, "no program is judged"
     if stage is not calibrate:
         assert sandbox in files(kind="code")
+
+
+@pytest.mark.parametrize(("stage", "kind"), STAGES)
+def test_the_code_is_that_of_what_vllm_finds_by_our_entry_point(stage, kind):
+    run = StageRun(stage, kind(generation={"engine": "vllm"}), {}, Path("nowhere"))
+    plugin = "tasks/sampling/vllm_plugin.py"
+    classes = {
+        f"class {s.name}" for s in ast.parse((REPOSITORY / plugin).read_text()).body if isinstance(s, ast.ClassDef)
+    }
+    assert classes and classes <= set(run.definitions[plugin])

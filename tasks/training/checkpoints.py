@@ -25,11 +25,6 @@ PARAMETERS, LOG = "parameters.safetensors", "log.json"
 Row = dict[str, Any]
 
 
-def latest(scratch: Path) -> Path | None:
-    """The newest complete checkpoint folder in `scratch`."""
-    return max(scratch.glob(f"{PREFIX}*"), default=None)
-
-
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
     """What training can change: parameters that require a gradient (tied ones once) and persistent buffers."""
     persistent = module.state_dict(keep_vars=True).keys()

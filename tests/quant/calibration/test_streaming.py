@@ -14,7 +14,7 @@ from quant.calibration.streaming import Batch, BlockRun, quantize_blocks
 from quant.decoder import LINEAR_GROUPS
 from quant.grids.affine import fake_quantize, grouped, quantize, rtn
 from quant.grids.scheme import Scheme
-from quant.methods.gptq import gptq
+from quant.methods.gptq import gptq_shared
 from quant.methods.options import GPTQOptions, RTNOptions
 from quant.methods.registry import METHODS, initializer
 
@@ -116,7 +116,10 @@ def whole_model_reference(model, input_ids_NT, mask_NT, scheme):
                 linear = layer.get_submodule(name)
                 x_NI = torch.cat([row[0] for row in rows[name]]).double()
                 hessian_II = (2 * x_NI.T @ x_NI / len(rows[name])).float()
-                results[f"model.layers.{index}.{name}"] = (linear, gptq(linear.weight, hessian_II, scheme))
+                results[f"model.layers.{index}.{name}"] = (
+                    linear,
+                    gptq_shared({"": linear.weight}, hessian_II, scheme, GPTQOptions())[""],
+                )
             for name in group:
                 linear, result = results[f"model.layers.{index}.{name}"]
                 state = result.state

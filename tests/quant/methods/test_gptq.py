@@ -6,7 +6,7 @@ import torch
 from quant.grids.affine import LinearState, fake_quantize, grouped, minmax_grid, mse_grid, quantize, rtn
 from quant.grids.scheme import Scheme
 from quant.methods import gptq as module
-from quant.methods.gptq import HessianError, gptq, gptq_shared, inverse_factor, relative_error
+from quant.methods.gptq import HessianError, gptq_shared, inverse_factor, relative_error
 from quant.methods.options import GPTQOptions
 
 ORDERS = {
@@ -14,6 +14,11 @@ ORDERS = {
     "static": {"act_order": False, "static_groups": True},
     "dynamic": {"act_order": False, "static_groups": False},
 }
+
+
+def gptq(w_OI, hessian_II, scheme, **options):
+    """Of one linear."""
+    return gptq_shared({"": w_OI}, hessian_II, scheme, GPTQOptions(**options))[""]
 
 
 def problem(num_out=24, num_in=256, seed=0, num_tokens=2000):

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.judging import sandbox
-from tasks.judging.code_answer import CodeGrader, CodeVerdict, final_program, last_program, published_program
+from tasks.judging.code_answer import CodeGrader, CodeVerdict, last_program, published_program
 from tasks.judging.code_tests import parse_tests, same_lines, same_value
+from tasks.judging.math_answer import answer_part
 from tasks.judging.sandbox import why_unavailable
+from tests.tasks.judging.responses import grade_code
 
 needs_sandbox = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -40,8 +42,9 @@ needs_sandbox = pytest.mark.skipif(why_unavailable() is not None, reason=str(why
         ("", None),
     ],
 )
-def test_final_program(text: str, program: str | None) -> None:
-    assert final_program(text) == program
+def test_last_program(text: str, program: str | None) -> None:
+    part = answer_part(text)
+    assert (None if part is None else last_program(part)) == program
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_published_program_is_livecodebenchs(text: str, program: str | None) -> 
 def test_published_program_is_livecodebenchs_for_any_text(text: str) -> None:
     from lighteval.tasks.tasks.lcb.codegen_metrics import extract_code
 
-    final_program(text)
+    last_program(text)
     assert (published_program(text) or "") == extract_code(text)
 
 
@@ -75,7 +78,7 @@ def test_published_program_is_livecodebenchs_for_any_text(text: str) -> None:
 def test_extraction_is_linear_in_the_length(unit: str) -> None:
     text = "</think>\n" + unit * (1_000_000 // len(unit))
     start = time.process_time()
-    final_program(text)
+    last_program(text)
     published_program(text)
     assert time.process_time() - start < 5
 
@@ -193,7 +196,7 @@ def test_a_verdict_per_response_in_order(grader: CodeGrader) -> None:
         respond("print(2 if int(input()) == 1 else 1 / 0)"),
         respond(" "),
     ]
-    verdicts = grader.grade(responses, [DOUBLE] * len(responses))
+    verdicts = grade_code(grader, responses, [DOUBLE] * len(responses))
     assert verdicts[0] == verdicts[3] == CodeVerdict(True, program, 3, 3, None, True)
     assert verdicts[1] == CodeVerdict(False, "print(2)", 1, 3, "wrong_answer", True)
     assert verdicts[2] == CodeVerdict(False, None, 0, 3, "no_code", True)
@@ -223,24 +226,24 @@ def test_a_verdict_per_response_in_order(grader: CodeGrader) -> None:
     ],
 )
 def test_programs_of_both_kinds(grader: CodeGrader, program: str, tests: str, correct: bool) -> None:
-    assert [verdict.correct for verdict in grader.grade([respond(program)], [tests])] == [correct]
+    assert [verdict.correct for verdict in grade_code(grader, [respond(program)], [tests])] == [correct]
 
 
 @needs_sandbox
 def test_the_published_way_takes_any_last_block(grader: CodeGrader) -> None:
     response = "```python\nprint(int(input()) * 2)\n```"
-    assert [verdict.correct for verdict in grader.grade([response], [DOUBLE])] == [False]
-    assert [verdict.correct for verdict in grader.grade_published([response], [DOUBLE])] == [True]
+    assert [verdict.correct for verdict in grade_code(grader, [response], [DOUBLE])] == [False]
+    assert [verdict.correct for verdict in grader.grade_programs([published_program(response)], [DOUBLE])] == [True]
 
 
 @needs_sandbox
 def test_bad_tests_are_refused_before_anything_runs(grader: CodeGrader) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="without tests"):
-        grader.grade([respond("import time\ntime.sleep(20)")] * 2, [DOUBLE, "[]"])
+        grade_code(grader, [respond("import time\ntime.sleep(20)")] * 2, [DOUBLE, "[]"])
     assert time.monotonic() - start < 5
     with pytest.raises(ValueError):
-        grader.grade(["a"], [])
+        grade_code(grader, ["a"], [])
 
 
 @needs_sandbox
@@ -248,7 +251,7 @@ def test_from_several_threads_at_once(grader: CodeGrader) -> None:
     found: list[bool] = []
     program = respond("print(int(input()) * 2)")
     threads = [
-        threading.Thread(target=lambda: found.extend(v.correct for v in grader.grade([program], [DOUBLE])))
+        threading.Thread(target=lambda: found.extend(v.correct for v in grade_code(grader, [program], [DOUBLE])))
         for _ in range(4)
     ]
     for thread in threads:
@@ -261,7 +264,9 @@ def test_from_several_threads_at_once(grader: CodeGrader) -> None:
 @needs_sandbox
 def test_unsafe_takes_a_sandbox_where_there_is_one() -> None:
     with CodeGrader(unsafe=True) as grader:
-        assert [verdict.sandboxed for verdict in grader.grade([respond("print(int(input()) * 2)")], [DOUBLE])] == [True]
+        assert [
+            verdict.sandboxed for verdict in grade_code(grader, [respond("print(int(input()) * 2)")], [DOUBLE])
+        ] == [True]
 
 
 @needs_sandbox
@@ -279,7 +284,7 @@ def test_integers_may_be_as_long_as_in_livecodebench(
 ) -> None:
     right = {"% 7": int(given) % 7, "** 2": int(given) ** 2 if len(given) > 9 else 0}
     answer = expected or next(value for mark, value in right.items() if mark in program)
-    (verdict,) = grader.grade([respond(program)], [stdin_tests((given, f"{answer}\n"))])
+    (verdict,) = grade_code(grader, [respond(program)], [stdin_tests((given, f"{answer}\n"))])
     assert verdict.correct
 
 
@@ -290,7 +295,7 @@ def test_functions_take_and_return_long_integers(grader: CodeGrader, long_intege
         {"input": str(number), "output": str(number + off), "type": "functional", "fn_name": "f"} for off in (1, 2)
     ]
     program = respond("def f(n): return n + 1")
-    found = grader.grade([program] * 2, [json.dumps([test]) for test in tests])
+    found = grade_code(grader, [program] * 2, [json.dumps([test]) for test in tests])
     assert [verdict.correct for verdict in found] == [True, False]
 
 
@@ -334,5 +339,5 @@ def test_programs_are_found_in_linear_time(text: str) -> None:
 def test_unsafe_is_marked_in_every_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "why_unavailable", lambda: "this machine has none")
     with CodeGrader(unsafe=True) as grader:
-        verdicts = grader.grade([respond("print(int(input()) * 2)"), "cut off"], [DOUBLE] * 2)
+        verdicts = grade_code(grader, [respond("print(int(input()) * 2)"), "cut off"], [DOUBLE] * 2)
     assert [(verdict.correct, verdict.sandboxed) for verdict in verdicts] == [(True, False), (False, False)]

@@ -15,6 +15,7 @@ import pytest
 from tasks.judging import code_driver
 from tasks.judging.code_answer import CodeGrader, CodeVerdict
 from tasks.judging.sandbox import Limits, Sandbox, why_unavailable
+from tests.tasks.judging.responses import grade_code
 
 pytestmark = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -41,7 +42,7 @@ def respond(program: str) -> str:
 def grade_in_time(grader: CodeGrader, program: str, tests: str) -> CodeVerdict:
     """The verdict of a hostile program; a good one beside it must still pass."""
     start = time.monotonic()
-    hostile, good = grader.grade([respond(program), respond("print(int(input()) * 2)")], [tests, DOUBLE])
+    hostile, good = grade_code(grader, [respond(program), respond("print(int(input()) * 2)")], [tests, DOUBLE])
     assert time.monotonic() - start < MOST_SECONDS
     assert good.correct
     return hostile
@@ -268,8 +269,8 @@ def excess_verdicts() -> dict[str, CodeVerdict]:
     attacks = [respond(f"{attack}\nprint(int(input()) * 2)") for attack, _ in EXCESSES.values()]
     start = time.monotonic()
     with CodeGrader(num_workers=4, limits=LIMITS) as grader:
-        verdicts = grader.grade(attacks, [DOUBLE] * len(attacks))
-        assert grader.grade([good], [DOUBLE])[0].correct
+        verdicts = grade_code(grader, attacks, [DOUBLE] * len(attacks))
+        assert grade_code(grader, [good], [DOUBLE])[0].correct
     assert time.monotonic() - start < MOST_SECONDS_TOGETHER
     return dict(zip(EXCESSES, verdicts, strict=True))
 
@@ -295,7 +296,7 @@ def test_a_moderate_share_is_enough(grader: CodeGrader) -> None:
         "import numpy",
     ]
     programs = [respond(f"{program}\nprint(int(input()) * 2)") for program in moderate]
-    verdicts = grader.grade(programs, [DOUBLE] * len(programs))
+    verdicts = grade_code(grader, programs, [DOUBLE] * len(programs))
     assert [verdict.error_kind for verdict in verdicts] == [None] * len(moderate)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tasks.judging.code_answer import CodeGrader
 from tasks.judging.sandbox import why_unavailable
+from tests.tasks.judging.responses import grade_code
 
 DATA = Path(__file__).parents[4] / "shared" / "data" / "code"
 NUM_PROBLEMS, NUM_TESTS = 10, 2
@@ -58,7 +59,7 @@ def test_humaneval_solutions_pass_and_spoiled_ones_do_not() -> None:
     ]
     tests = [tests for _, tests in problems]
     with CodeGrader(num_workers=2) as grader:
-        verdicts = grader.grade([respond(program) for program in good + spoiled], tests * 2)
+        verdicts = grade_code(grader, [respond(program) for program in good + spoiled], tests * 2)
     assert [verdict.correct for verdict in verdicts] == [True] * len(good) + [False] * len(spoiled)
     assert {verdict.error_kind for verdict in verdicts[len(good) :]} == {"wrong_answer"}
 
@@ -73,5 +74,5 @@ def test_contest_problems_take_the_right_output_and_no_other() -> None:
 
     responses = [respond(program(given, suffix)) for suffix in ("", " \n\n", "7") for given in problems]
     with CodeGrader(num_workers=2) as grader:
-        verdicts = [verdict.correct for verdict in grader.grade(responses, tests * 3)]
+        verdicts = [verdict.correct for verdict in grade_code(grader, responses, tests * 3)]
     assert verdicts == [True] * (2 * len(problems)) + [False] * len(problems)

@@ -15,6 +15,7 @@ import pytest
 from tasks.judging import grader
 from tasks.judging.grader import VerifierPool
 from tasks.judging.math_answer import Grader, Verdict, quick_published_verdict
+from tests.tasks.judging.responses import grade_math
 
 HANG = "9^{999999999}"
 
@@ -56,7 +57,7 @@ def test_symbolic_verdicts(shared: Grader, gold: str, answer: str, correct: bool
 
 def test_grade_gives_a_verdict_per_response_in_order(shared: Grader) -> None:
     responses = [respond("1+x"), "cut off \\boxed{1}", respond("\\frac{2}{4}"), respond("1+x"), respond("y")]
-    verdicts = shared.grade(responses, ["x+1", "1", "0.5", "x+2", "x"])
+    verdicts = grade_math(shared, responses, ["x+1", "1", "0.5", "x+2", "x"])
     assert verdicts == [
         Verdict(True, "1+x", False),
         Verdict(False, None, False),
@@ -65,33 +66,35 @@ def test_grade_gives_a_verdict_per_response_in_order(shared: Grader) -> None:
         Verdict(False, "y", False),
     ]
     with pytest.raises(ValueError):
-        shared.grade(["a"], [])
+        grade_math(shared, ["a"], [])
 
 
 def test_endless_comparisons_are_killed_and_the_pool_goes_on(shared: Grader) -> None:
     start = time.monotonic()
-    verdicts = shared.grade([respond(HANG), respond("1+x")], ["5", "x+1"])
+    verdicts = grade_math(shared, [respond(HANG), respond("1+x")], ["5", "x+1"])
     assert verdicts == [Verdict(False, HANG, True), Verdict(True, "1+x", False)]
     assert time.monotonic() - start < 60
 
 
 def test_power_tower_is_wrong_at_once(shared: Grader) -> None:
     start = time.monotonic()
-    assert shared.grade([respond("5^(5^(5^(5^5)))")], ["5"]) == [Verdict(False, "5^(5^(5^(5^5)))", False)]
+    assert grade_math(shared, [respond("5^(5^(5^(5^5)))")], ["5"]) == [Verdict(False, "5^(5^(5^(5^5)))", False)]
     assert time.monotonic() - start < 1
     assert shared._pool.verify([("5", "5^(5^(5^(5^5)))"), ("2", "1+1")])[1] is True
 
 
 @pytest.mark.parametrize("answer", ["(" * 400 + "5" + ")" * 400, "{" * 490 + "}" * 490, "7" * 1_000_000, "\0" * 5000])
 def test_monstrous_answers_are_wrong(shared: Grader, answer: str) -> None:
-    (verdict,) = shared.grade([respond(answer)], ["6"])
+    (verdict,) = grade_math(shared, [respond(answer)], ["6"])
     assert not verdict.correct
     assert shared._pool.verify([("2", "1+1")]) == [True]
 
 
 def test_works_off_the_main_thread_and_from_several_at_once(shared: Grader) -> None:
     found: list[list[Verdict]] = []
-    threads = [threading.Thread(target=lambda: found.append(shared.grade([respond("1+x")], ["x+1"]))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.append(grade_math(shared, [respond("1+x")], ["x+1"]))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -6,14 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.data.boxes import last_boxed
 from tasks.judging.math_answer import (
     MAX_ANSWER_CHARS,
     answer_part,
-    final_answer,
     has_nested_power,
     quick_published_verdict,
     quick_verdict,
 )
+
+
+def final_answer(text: str) -> str | None:
+    part = answer_part(text)
+    return None if part is None else last_boxed(part)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tasks.judging.math_answer import Grader, Verdict
+from tests.tasks.judging.responses import grade_math
 
 # Of one comparison; the wall time includes the start of a new worker on a busy machine.
 CPU_SECONDS = 1.0
@@ -101,7 +102,7 @@ RESPONSES = {
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
     with Grader(num_workers=1, cpu_seconds=CPU_SECONDS) as opened:
-        assert opened.grade([respond("1+x")], ["x+1"])[0].correct  # it has started
+        assert grade_math(opened, [respond("1+x")], ["x+1"])[0].correct  # it has started
         yield opened
 
 
@@ -114,7 +115,7 @@ def in_time(grader: Grader) -> Iterator[None]:
     """What happens within is not waited for longer than it may take, and a good answer after it is found right."""
     start = time.monotonic()
     yield
-    (good,) = grader.grade([respond("1+x")], ["x+1"])
+    (good,) = grade_math(grader, [respond("1+x")], ["x+1"])
     assert time.monotonic() - start < MOST_SECONDS
     assert good == Verdict(True, "1+x", timed_out=False)
 
@@ -122,21 +123,21 @@ def in_time(grader: Grader) -> Iterator[None]:
 @pytest.mark.parametrize(("gold", "answer"), BOXES.values(), ids=BOXES)
 def test_hostile_answers(grader: Grader, gold: str, answer: str) -> None:
     with in_time(grader):
-        (verdict,) = grader.grade([respond(answer)], [gold])
+        (verdict,) = grade_math(grader, [respond(answer)], [gold])
     assert not verdict.correct
 
 
 @pytest.mark.parametrize(("gold", "answer"), ENDLESS.values(), ids=ENDLESS)
 def test_endless_answers(grader: Grader, gold: str, answer: str) -> None:
     with in_time(grader):
-        (verdict,) = grader.grade([respond(answer)], [gold])
+        (verdict,) = grade_math(grader, [respond(answer)], [gold])
     assert verdict == Verdict(False, answer, timed_out=True)
 
 
 @pytest.mark.parametrize(("gold", "response"), RESPONSES.values(), ids=RESPONSES)
 def test_hostile_responses(grader: Grader, gold: str, response: str) -> None:
     with in_time(grader):
-        (strict,) = grader.grade([response], [gold])
+        (strict,) = grade_math(grader, [response], [gold])
         (published,) = grader.grade_published([response], [gold])
     assert not strict.correct
     assert not published.correct or "\\boxed{5}" in response
@@ -146,7 +147,7 @@ def test_hostile_responses(grader: Grader, gold: str, response: str) -> None:
 @pytest.mark.parametrize(("gold", "answer"), LONG.values(), ids=LONG)
 def test_long_answers(grader: Grader, gold: str, answer: str) -> None:
     with in_time(grader):
-        (verdict,) = grader.grade([respond(answer)], [gold])
+        (verdict,) = grade_math(grader, [respond(answer)], [gold])
     assert not verdict.correct
 
 

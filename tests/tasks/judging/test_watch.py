@@ -15,6 +15,7 @@ from tasks.judging.code_answer import CodeGrader
 from tasks.judging.gate import Gate
 from tasks.judging.sandbox import Limits, Sandbox, why_unavailable
 from tasks.judging.watch import Watch
+from tests.tasks.judging.responses import grade_code
 
 LOOP = "while True: pass"
 
@@ -75,7 +76,7 @@ def test_a_busy_machine_turns_no_right_program_wrong() -> None:
     program = "import time\nwhile time.process_time() < 0.6: pass\nprint(int(input()) * 2)"
     start = time.monotonic()
     with on_one_busy_processor(others=12), CodeGrader(limits=Limits(cpu_seconds=1)) as grader:
-        (verdict,) = grader.grade([f"</think>\n```python\n{program}\n```"], [tests])
+        (verdict,) = grade_code(grader, [f"</think>\n```python\n{program}\n```"], [tests])
     assert time.monotonic() - start > 4
     assert verdict.correct and not verdict.timed_out
 

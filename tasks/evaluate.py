@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tasks.evaluation.config import EvaluateConfig
+from tasks.judging.response import PACKAGES
 from tasks.runtime.stage import Context, stage
 
 __all__ = ["EvaluateConfig", "evaluate"]
 
 
 def _packages(config: EvaluateConfig) -> tuple[str, ...]:
-    return ("lighteval", "math-verify", *config.generation.kind.packages)
+    return ("lighteval", *PACKAGES.get(config.kind, ()), *config.generation.kind.packages)
 
 
 def _check(config: EvaluateConfig) -> None:

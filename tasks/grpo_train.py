@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tasks.judging.response import PACKAGES
 from tasks.runtime.stage import Context, Metrics, stage
 from tasks.training.config import LOG_FILE
 from tasks.training.grpo_config import GRPOTrainConfig
@@ -23,7 +24,8 @@ __all__ = ["GRPOTrainConfig", "grpo_train"]
 
 
 def _packages(config: GRPOTrainConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("torch", "transformers", "math-verify", *config.generation.kind.packages)))
+    judging = PACKAGES.get(config.kind, ())
+    return tuple(dict.fromkeys(("torch", "transformers", *judging, *config.generation.kind.packages)))
 
 
 def _check(config: GRPOTrainConfig) -> None:

@@ -9,6 +9,8 @@ from tasks.judging.math_answer import answer_part
 
 JudgedKind = Literal["math", "choice", "code"]
 """Kinds of task whose responses are sampled, see tasks.data.benchmarks.TaskKind."""
+PACKAGES: dict[str, tuple[str, ...]] = {"math": ("math-verify",), "code": ("python", "numpy")}
+"""What decides verdicts by its version, for each kind: of programs, what runs them and what they may import."""
 
 
 @dataclass(frozen=True)

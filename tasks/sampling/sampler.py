@@ -17,7 +17,9 @@ from tasks.sampling.watchdog import Watchdog
 LOGPROB_DECIMALS = 4
 """Of a response's mean log-probability: what lies below is rounding, which depends on the batch."""
 MOST_NAMED = 4
-"""Unfinished problems that the report of a stall names."""
+"""Unfinished problems that the report of a stall names,"""
+MOST_NAME_CHARS = 16
+"""and of each as many characters."""
 
 
 class Progress(Protocol):
@@ -118,7 +120,8 @@ class Sampler:
         """Around a call of the engine, which has to answer for the problems named in `unfinished` (a live view)."""
 
         def describe() -> str:
-            names = [*islice(list(unfinished), MOST_NAMED)] + ["..."] * (len(unfinished) > MOST_NAMED)
+            names = [name[:MOST_NAME_CHARS] for name in islice(list(unfinished), MOST_NAMED)]
+            names += ["..."] * (len(unfinished) > MOST_NAMED)
             return f"{len(unfinished)} samples (problems {', '.join(names)})"
 
         limits = self._config.stall_seconds, self._config.stall_limit_seconds

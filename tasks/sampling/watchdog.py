@@ -106,7 +106,6 @@ class Watchdog:
         silence = time.monotonic() - self._last
         if silence >= self._limit_seconds and not self._ended.is_set():
             raise StageError(
-                f"{self._message(silence)}. What was finished is kept: run the same command again for the rest. If the "
-                f"engine is slow, not stuck, raise generation.stall_limit_seconds (now {self._limit_seconds:g}), which "
-                "keeps it too; the log shows where each thread was."
+                f"{self._message(silence)}. What was finished is kept: run the same command again. If the engine is "
+                f"slow, not stuck, raise generation.stall_limit_seconds (now {self._limit_seconds:g}) too"
             )

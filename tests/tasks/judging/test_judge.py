@@ -16,9 +16,11 @@ from tasks.judging.judge import check_judge, open_judge
 from tasks.judging.questions import Problem
 from tasks.judging.response import Response
 from tasks.judging.sandbox import why_unavailable
+from tasks.runtime.machine import keyed_versions
 from tasks.runtime.stage import StageError
 
 REPOSITORY = Path(__file__).parents[3]
+SERIES = f"{sys.version_info.major}.{sys.version_info.minor}"
 TESTS = json.dumps([{"input": "3", "output": "6\n", "type": "stdin"}])
 ANSWERS = {  # right, wrong, and not found, before what surrounds them
     "math": ("7", ["so \\boxed{7}", "the answer is 7.", "\\boxed{8}", "7 bags", ""]),
@@ -91,6 +93,21 @@ def test_a_missing_sandbox_is_told_by_the_stages_check_before_anything_computes(
     declared.check(declared.config_type(kind="code", unsafe_code=True))
     with pytest.raises(StageError, match="bwrap"):
         declared.check(declared.config_type(kind="code"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "deciding"), [("math", {"math-verify"}), ("choice", set()), ("code", {"python", "numpy"})]
+)
+def test_versions_that_decide_verdicts_are_keyed_for_the_kinds_that_they_decide(kind, deciding):
+    from tasks.evaluate import evaluate
+    from tasks.grpo_train import grpo_train
+
+    for stage in (evaluate, grpo_train):
+        named = set(stage.packages(stage.config_type(kind=kind)))
+        assert named & {"math-verify", "python", "numpy"} == deciding
+    keyed = keyed_versions(deciding)
+    assert keyed.keys() == deciding
+    assert keyed.get("python", SERIES) == SERIES
 
 
 IMPORTS = """

@@ -106,15 +106,18 @@ def test_an_engine_that_hangs_is_told_and_left_in_every_stage(
 ):
     stage, config, model = WATCHED[name]
     monkeypatch.setattr("tasks.sampling.open.open_engine", lambda *arguments: Hanging())
-    rows = [{"id": f"p{i}", "prompt": f"{i}+1?", "response": "", "answer": str(i + 1)} for i in range(4)]
+    rows = [{"id": f"p{i}" + "x" * 50, "prompt": f"{i}+1?", "response": "", "answer": str(i + 1)} for i in range(4)]
     pd.DataFrame(rows).assign(tier="", details="").to_parquet(tmp_path / "data.parquet")
     folders, told = [tmp_path / "output", tmp_path / "scratch"], []
     for folder in folders:
         folder.mkdir()
     context = Context(*folders, sink=lambda event: told.append(event["info"].get("stalled", "")))
     inputs = {model: save_checkpoint(make_student("qwen3", learned=False, scheme="W4G32")), "data": tmp_path}
-    with pytest.raises(StageError, match=r"no token for .*samples \(problems p.*raise generation\.stall_limit_seconds"):
+    with pytest.raises(
+        StageError, match=r"no token for .*samples \(problems p.*raise generation\.stall_limit_seconds"
+    ) as error:
         stage(config, context, **inputs)
+    assert len(str(error.value)) <= 300
     assert any("no token for" in message for message in told)
 
 

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from tasks.base_model import BaseModelConfig
 from tasks.calibrate import CalibrateConfig
-from tasks.data.benchmarks import BenchmarkName
+from tasks.data.benchmarks import BENCHMARKS, BenchmarkName
 from tasks.dataset import DatasetConfig
 from tasks.evaluate import EvaluateConfig
 from tasks.grpo_train import GRPOTrainConfig
@@ -88,6 +88,17 @@ class BranchConfig(StageConfig):
                     f"validation_data is missing: {name} chooses by it; give it, or set {name}.keep=last and "
                     f"{name}.patience=null"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _benchmarks_can_be_sampled(self) -> BranchConfig:
+        """With evaluate's settings, which for given continuations are one token, greedily."""
+        sampled = [name for name in self.benchmarks if BENCHMARKS[name].kind != "loglikelihood"]
+        if sampled and self.evaluate is not None and self.evaluate.kind == "loglikelihood":
+            raise ValueError(
+                f"benchmark {sampled[0]} is sampled with evaluate's settings, and evaluate.kind=loglikelihood samples "
+                "nothing: name it in a branch whose evaluate does"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from flows.config import ConfigError, RunConfig, apply_overrides, nearest
 from flows.recipes import RECIPES, configured, demo, qwen3_4b_w3g128, tiny_w2g128
 from quant.methods.options import AWQOptions, GPTQOptions, QuaRotOptions
 from tasks.base_model import BaseModelConfig
+from tasks.evaluation.config import UNSAMPLED
 
 QAT = "Reasoning-QAT W2G128"
 
@@ -95,6 +96,10 @@ def test_a_branch_lacks_nothing_that_its_stages_need() -> None:
     named_alike = kd.evaluate.model_copy(update={"name": "gsm8k"}).model_dump() if kd.evaluate else {}
     with pytest.raises(ValidationError, match="'gsm8k' is also a benchmark's"):
         BranchConfig.model_validate({**kd.model_dump(), "evaluate": named_alike, "benchmarks": ["gsm8k"]})
+    unsampled = {"kind": "loglikelihood", "seeds": [1], "generation": UNSAMPLED}
+    with pytest.raises(ValidationError, match="gsm8k is sampled with evaluate's settings"):
+        BranchConfig.model_validate({**kd.model_dump(), "evaluate": unsampled, "benchmarks": ["piqa", "gsm8k"]})
+    BranchConfig.model_validate({**kd.model_dump(), "evaluate": unsampled, "benchmarks": ["piqa"]})
 
 
 def test_comparisons_name_branches() -> None:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -22,6 +23,7 @@ from tasks.reporting.build import COMPARISONS_FILE, HTML_FILE, LADDER_FILE
 from tasks.reporting.comparisons import comparison_text
 from tasks.reporting.config import ReportBranch, ReportConfig, ReportEvaluation, ReportStage
 from tasks.runtime.execute import Outcome, StageRun
+from tasks.runtime.stage import StageConfig
 
 WIDE_COLUMNS = ("paper scorer %", "truncated %", "repeating %", "mean length", "entropy", "problems x seeds")
 """Left to the report, so that the table fits a terminal."""
@@ -43,7 +45,7 @@ def report_run(
             digest=outcomes[node.id].ref.digest,
             kind=outcomes[node.id].ref.kind,
             branches=tuple(node.branches),
-            config=node.config.model_dump(mode="json"),
+            config=_shown(node.config),
             inputs={name: _ref(upstream, graph, outcomes) for name, upstream in node.inputs.items()},
         )
         for node in graph.nodes.values()
@@ -53,6 +55,12 @@ def report_run(
         branches=branches, stages=stages,
     )  # fmt: skip
     return StageRun(report, config, {}, store.root, force=force), inputs
+
+
+def _shown(config: StageConfig) -> dict[str, Any]:
+    """A configuration without what changes no bit of a result, and of a path of this machine its last part alone."""
+    places = {name: getattr(config, name) for name in config.location_fields}
+    return config.keyed() | {name: Path(at).name if at and Path(at).exists() else at for name, at in places.items()}
 
 
 def _ref(identity: str, graph: Graph, outcomes: Mapping[str, Outcome]) -> str:

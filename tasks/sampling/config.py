@@ -61,7 +61,8 @@ class GenerationConfig(StageConfig):
 
     unkeyed_fields: ClassVar[tuple[str, ...]] = ("gpu_memory_utilization", "stall_seconds", "stall_limit_seconds")
     # batch_size and data_parallel are keyed: what else is in a batch changes sums in their last bits, and with them
-    # log-probabilities in any dtype and, in bfloat16, tokens.
+    # log-probabilities in any dtype and, in bfloat16, tokens. A GPU's share does so in vLLM only where its cache is too
+    # small for batch_size, as a smaller GPU does, and no device is in a key.
 
     @property
     def kind(self) -> EngineKind:

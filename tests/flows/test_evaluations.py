@@ -156,3 +156,15 @@ def test_versions_that_differ_are_told_by_show_and_compare(store: Store, tmp_pat
     assert code == 0 and "they also differ: torch 2.0.1 -> 2.0.2" in output, output
     code, output = run("show", before.short)
     assert code == 0 and "made with other versions: torch 2.0.1 -> " in output, output
+
+
+def test_a_report_holds_no_path_of_this_machine(tmp_path: Path) -> None:
+    from flows.reporting import _shown
+    from tasks.base_model import BaseModelConfig
+    from tasks.kd_train import KDTrainConfig
+
+    folder = tmp_path / "mymodel"
+    folder.mkdir()
+    assert _shown(BaseModelConfig(model=str(folder)))["model"] == "mymodel"
+    assert _shown(BaseModelConfig(model="Qwen/Qwen3-0.6B"))["model"] == "Qwen/Qwen3-0.6B"
+    assert _shown(KDTrainConfig(checkpoint_every=7)) == _shown(KDTrainConfig(checkpoint_every=8))

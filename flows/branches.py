@@ -19,6 +19,7 @@ from tasks.grpo_train import GRPOTrainConfig
 from tasks.kd_train import KDTrainConfig
 from tasks.pretrain import PretrainConfig
 from tasks.ptq_init import PTQInitConfig
+from tasks.runtime.bounds import Named
 from tasks.runtime.stage import Stage, StageConfig, stage_of
 from tasks.sft_train import SFTTrainConfig
 from tasks.teacher_topk import TeacherTopKConfig
@@ -52,7 +53,7 @@ class BranchConfig(StageConfig):
     evaluate: EvaluateConfig | None = None
     """On test_data, where there is any; its sampling and engine hold for the benchmarks too."""
     benchmarks: tuple[BenchmarkName, ...] = ()
-    benchmark_data: str | None = None
+    benchmark_data: Named | None = None
     """A local folder with copies of the benchmarks; the hub if left out."""
 
     def sections(self) -> Iterator[tuple[str, Stage, StageConfig]]:

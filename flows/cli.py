@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from artifacts.records import Record
 from artifacts.store import Store, StoreError
@@ -190,10 +190,12 @@ def ls(
     if older := max(0, len(records) - most) if most else 0:
         console.print(f"[dim]{older:,} older ones are left out; --most 0 lists all[/]")
         records = records[older:]
-    table = Table("made", "stage", "kind", "digest", "seconds", "result")
+    made, digest = (Column(name, no_wrap=True, min_width=width) for name, width in (("made", 16), ("digest", 12)))
+    kind, result = (Column(name, overflow="fold") for name in ("kind", "result"))
+    table = Table(made, "stage", kind, digest, "seconds", result)
     for record in records:
         seconds = f"{record.provenance.get('wall_seconds', 0):.1f}"
-        table.add_row(record.created[:19], record.stage, record.ref.kind, record.ref.short, seconds, _result(record))
+        table.add_row(record.created[:16], record.stage, record.ref.kind, record.ref.short, seconds, _result(record))
     console.print(table)
 
 

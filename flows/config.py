@@ -135,9 +135,11 @@ def _override(data: dict[str, dict[str, Any]], label: str, path: str, text: str)
         raise ConfigError(f"unknown branch {shortened(label)!r}; {nearest(label, list(data))}")
     section, _, rest = path.partition(".")
     if section not in BranchConfig.model_fields:
-        raise ConfigError(
-            f"unknown key {shortened(path)!r}; {nearest(section, [*BranchConfig.model_fields, *ALIASES])}"
-        )
+        there = [
+            name for name in BranchConfig.model_fields if any(branch[name] is not None for branch in data.values())
+        ]
+        hint = _meant(section, BranchConfig, there) or nearest(section, [*BranchConfig.model_fields, *ALIASES])
+        raise ConfigError(f"unknown key {shortened(path)!r}; {hint}")
     asked = [k for k in data if label in ("", k)]
     meant = {k for k in asked if data[k][section] is not None}
     if not rest and (label or not meant):
@@ -160,16 +162,18 @@ def _set(node: dict[str, Any], path: str, text: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {shortened(path)}: {part} was set to a value before, which has no fields")
     if leaf not in (known := _fields(model)):
-        raise ConfigError(f"unknown key {shortened(path)!r}; {_meant(leaf, model) or nearest(leaf, list(known))}")
+        raise ConfigError(
+            f"unknown key {shortened(path)!r}; {_meant(leaf, model, known) or nearest(leaf, list(known))}"
+        )
     try:
         node[leaf] = parse_value(text, known[leaf])
     except ValueError as error:
         raise ConfigError(f"--set {shortened(path)}={shortened(text)}: {error}") from error
 
 
-def _meant(leaf: str, model: type) -> str:
-    """A hint for a name that stands in a section further down; "" if none does."""
-    for name in _fields(model):
+def _meant(leaf: str, model: type, sections: typing.Iterable[str]) -> str:
+    """A hint for a name that stands further down, in one of the `sections` of `model`; "" if it stands in none."""
+    for name in sections:
         with contextlib.suppress(ConfigError):
             if leaf in _fields(_submodel(model, name)):
                 return f"did you mean {name + '.' + leaf!r}?"
@@ -192,6 +196,16 @@ def _fields(model: type) -> dict[str, Any]:
     return typing.get_type_hints(model) if dataclasses.is_dataclass(model) else {}
 
 
+_PLAINLY = {
+    "extra_forbidden": "unknown key",
+    "string_too_short": "needs a value",
+    "tuple_type": "write a list, [a, b]",
+    "model_type": "a section: set one of its fields, section.field=value",
+    "dataclass_type": "a section: set one of its fields, section.field=value",
+}
+"""What people type for the types that pydantic names, by the kind of its error."""
+
+
 def explain(error: ValidationError) -> str:
     """A pydantic error as where, what and what was given; the first problems, and how many more there are."""
     lines: list[str] = []
@@ -199,8 +213,7 @@ def explain(error: ValidationError) -> str:
         where = ".".join(shortened(str(part)) for part in item["loc"]) or "configuration"
         given = "" if isinstance(item["input"], dict | BaseModel) else f" (given: {shortened(repr(item['input']))})"
         message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
+        message = _PLAINLY.get(item["type"], message)
         lines.append(f"{where}: {message}{given}")
     shown = lines[:1]
     while len(shown) < len(lines) and len("; ".join([*shown, lines[len(shown)]])) < LONGEST_MESSAGE - 20:

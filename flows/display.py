@@ -64,13 +64,14 @@ class RunDisplay:
 
     def __call__(self, label: str, event: dict[str, Any]) -> None:
         """Take one event of a stage, from any thread: {"state": "running" | "cached" | "done" | "failed", ...}."""
+        told = str(event.get("error", "")).removeprefix(f"{label}: ")
         label = escape(label)  # a branch's name in brackets is no markup
         with self._lock:
             if event["state"] == "running":
                 self._running(label, event)
             elif event["state"] == "failed":
                 self._remove_bar(label)
-                self._console.print(f"[red]failed[/]  {label}  [dim]{escape(str(event['error']))}[/]", highlight=False)
+                self._console.print(f"[red]failed[/]  {label}  [dim]{escape(told)}[/]", highlight=False)
             else:
                 self._finished(label, event["state"], event["outcome"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import artifacts
+from tasks.runtime.bounds import Named
 from tasks.runtime.stage import Context, Metrics, StageConfig, StageError, stage
 
 BUNDLED = "bundled"
@@ -16,7 +17,7 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 class BaseModelConfig(StageConfig):
     location_fields: ClassVar[tuple[str, ...]] = ("model", "revision")
-    model: str = BUNDLED
+    model: Named = BUNDLED
     """"bundled", a local folder, or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub model, None for its default branch; the commit that it is enters the key."""

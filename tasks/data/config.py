@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from tasks.data.benchmarks import HUB, BenchmarkName
 from tasks.data.fields import HUB_PRESETS, AnswerRule
-from tasks.runtime.bounds import Count, Seed, Whole
+from tasks.runtime.bounds import Count, Named, Seed, Whole
 from tasks.runtime.stage import StageConfig
 
 BUNDLED, BUNDLED_STORIES = "bundled", "bundled_stories"
@@ -18,7 +18,7 @@ FIELDS = ("prompt", "input", "response", "answer", "reasoning", "text", "tier", 
 
 class DatasetConfig(StageConfig):
     location_fields: ClassVar[tuple[str, ...]] = ("source", "revision")
-    source: str = BUNDLED
+    source: Named = BUNDLED
     """"bundled" (problems), "bundled_stories" (plain text), a local file (.jsonl, .json, .csv, .tsv, .txt, also packed;
     .parquet, .arrow), a folder of them or of `save_to_disk`, or a hub data set id.  For a benchmark: "hub", or a local
     folder with a copy named after it."""

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from tasks.reporting.data import SHORT_DIGEST, LadderRow
 
 TIER = "tier "  # prefix of the per-tier columns
+CHECKPOINT = "checkpoint"
 ABSENT = "–"  # noqa: RUF001 - an en dash, as in printed tables
 NOISE = " ~"  # ends the text of a difference whose 95% interval includes 0, and makes it pale
 FIGURES = re.compile(r"([-+]?\d+(\.\d+)?( \[.*\]| x \d+)?|" + ABSENT + ")( ~)?")
@@ -161,7 +163,7 @@ def ladder_text(table: pd.DataFrame, reference: str | None = None) -> pd.DataFra
     text["mean length"] = [_number(value) for value in table["mean_length"]]
     text["entropy"] = [ABSENT if math.isnan(value) else f"{value:.3f}" for value in table["entropy"]]
     text["problems x seeds"] = [f"{p} x {s}" for p, s in zip(table["problems"], table["seeds"], strict=True)]
-    text["checkpoint"] = [digest[:SHORT_DIGEST] for digest in table["digest"]]
+    text[CHECKPOINT] = [digest[:SHORT_DIGEST] for digest in table["digest"]]
     return text
 
 
@@ -207,7 +209,9 @@ def rich_table(table: pd.DataFrame, title: str | None = None) -> Table:
     """A table of text for the terminal, noise in pale; nothing in it is read as rich markup."""
     shown = Table(title=None if title is None else Text(title), title_justify="left")
     for name in table.columns:
-        shown.add_column(Text(name), justify="right" if is_numeric(table[name]) else "left")
+        justify: JustifyMethod = "right" if is_numeric(table[name]) else "left"
+        # On a narrow terminal words go on in the next line; a digest stays whole, to be copied.
+        shown.add_column(Text(name), justify=justify, overflow="fold", no_wrap=name == CHECKPOINT)
     for row in table.to_numpy():
         shown.add_row(*(Text(str(cell), style="dim" if is_noise(cell) else "") for cell in row))
     return shown

@@ -18,6 +18,8 @@ def _no_truth_value(value: Any) -> Any:
 
 _Number = BeforeValidator(_no_truth_value)
 
+Named = Annotated[str, Field(min_length=1)]
+"""Names a thing: as a path, nothing at all would be the folder that the command was typed in."""
 Count = Annotated[int, _Number, Field(gt=0, le=MOST)]
 """One or more."""
 Whole = Annotated[int, _Number, Field(ge=0, le=MOST)]

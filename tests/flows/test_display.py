@@ -53,3 +53,10 @@ def test_a_failure_is_told_when_it_happens(terminal: bool) -> None:
         display("kd_train [a]", {"state": "running"})
         display("kd_train [a]", {"state": "failed", "error": ValueError("its [log] is there")})
         assert "failed  kd_train [a]  its [log] is there" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_failed_stage_is_named_once() -> None:
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    with RunDisplay(console, num_stages=1) as display:
+        display("kd_train [a]", {"state": "failed", "error": ValueError("kd_train [a]: not in the cache")})
+    assert console.file.getvalue().strip() == "failed  kd_train [a]  not in the cache"  # type: ignore[attr-defined]

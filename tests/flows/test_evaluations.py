@@ -168,3 +168,11 @@ def test_a_report_holds_no_path_of_this_machine(tmp_path: Path) -> None:
     assert _shown(BaseModelConfig(model=str(folder)))["model"] == "mymodel"
     assert _shown(BaseModelConfig(model="Qwen/Qwen3-0.6B"))["model"] == "Qwen/Qwen3-0.6B"
     assert _shown(KDTrainConfig(checkpoint_every=7)) == _shown(KDTrainConfig(checkpoint_every=8))
+
+
+def test_ls_keeps_dates_and_digests_whole_on_a_narrow_terminal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ref = commit(store, "dataset", "a_stage_whose_name_leaves_little_room", {}, {"data.json": {"rows": 3}})
+    record = next(iter(store.records()))
+    done = CliRunner().invoke(app, ["ls"])
+    assert ref.short in done.output and record.created[:16] in done.output

@@ -159,6 +159,15 @@ def test_several_benchmarks_stand_side_by_side_and_one_by_one() -> None:
     assert page.text.count("reasoning-qat run rtn") == 1, "a branch is run again as one"
 
 
+def test_a_narrow_terminal_cuts_no_word() -> None:
+    table = pd.DataFrame({"branch": ["Reasoning-QAT"], **{f"tier {i}": ["100.0 [83.9, 100.0]"] for i in range(5)}})
+    table[tables.CHECKPOINT] = "21b6979abd1d"
+    console = Console(file=io.StringIO(), width=72, color_system=None)
+    console.print(tables.rich_table(table))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "21b6979abd1d" in shown and "\N{HORIZONTAL ELLIPSIS}" not in shown
+
+
 def test_noise_is_pale_and_marked() -> None:
     page = Page(build_report(report()))
     noise = [value for name, value in page.attributes if name == "class" and value and "noise" in value]

@@ -83,6 +83,17 @@ def _fail(error: Exception, code: int) -> None:
     raise typer.Exit(code) from error
 
 
+def _check_output(folder: Path) -> None:
+    """Make the folder of a report before anything is computed for it; ConfigError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except (OSError, ValueError):
+        writable = False
+    if not writable:
+        raise ConfigError(f"--output: cannot write to the folder {str(folder)[-150:]!r}: name another")
+
+
 @app.command(
     epilog="Examples:  reasoning-qat run demo   |   reasoning-qat run tiny_w2g128 --set kd_train.steps=20   |   "
     "reasoning-qat run qwen3_0_6b_w3g128 --set model=/models/Qwen3-0.6B --until ptq_init"
@@ -102,6 +113,8 @@ def run(
     from flows.server import server
 
     with clear_errors():
+        if until in (None, "report"):
+            _check_output(output / recipe if recipe in RECIPES else output)
         with server() as ready:
             check_request(recipe, sets, branch, checkpoint, [*force, *([until] if until else [])])
             errors.print(f"[dim]Prefect UI of this run: {escape(ready())}[/]", highlight=False, soft_wrap=True)
@@ -248,6 +261,9 @@ def compare(
     from flows.evaluations import compare_evaluations
 
     with clear_errors():
+        _check_output(output.parent)
+        if output.is_dir():
+            raise ConfigError(f"--output: {str(output)[-150:]!r} is a folder: name a file in it")
         page = compare_evaluations(Store(), before, after, output, most, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
 

@@ -176,3 +176,13 @@ def test_ls_keeps_dates_and_digests_whole_on_a_narrow_terminal(store: Store, mon
     record = next(iter(store.records()))
     done = CliRunner().invoke(app, ["ls"])
     assert ref.short in done.output and record.created[:16] in done.output
+
+
+@pytest.mark.parametrize("command", [["run", "tiny_w2g128"], ["compare", "a", "b"]], ids=" ".join)
+@pytest.mark.parametrize("output", ["{file}/x", "/proc/none/x", "/dev/null/x", "n" * 300 + "/x"])
+def test_an_output_that_cannot_be_written_is_told_before_any_work(
+    command: list[str], output: str, tmp_path: Path, store: Store
+) -> None:
+    (file := tmp_path / "file").touch()
+    code, told = run(*command, "--output", output.format(file=file))
+    assert code == 2 and "--output: cannot write" in told and len(told) < 300 and "Prefect" not in told

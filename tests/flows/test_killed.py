@@ -63,7 +63,14 @@ def progress(store: Path, unit_total: int) -> int:
 
 def start(store: Path, **more: str) -> subprocess.Popen[str]:
     variables = {**environment(store), **more}
-    return subprocess.Popen(command(), env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command(), env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=_interruptible
+    )
+
+
+def _interruptible() -> None:
+    """A job in the background of a shell, as this test may be one, is born deaf to SIGINT, and so are its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:

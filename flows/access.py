@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from artifacts.keys import REPOSITORY
 from artifacts.locks import FileLock
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PROFILE = "reasoning-qat"
 _URL, _PASSWORD = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
 

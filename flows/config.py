@@ -54,7 +54,7 @@ class RunConfig(StageConfig):
         """
         if not patterns:
             return self
-        kept: dict[str, BranchConfig] = {}
+        kept: set[str] = set()
         for pattern in patterns:
             found = _matching(pattern, self.branches)
             if not found:
@@ -62,7 +62,7 @@ class RunConfig(StageConfig):
                     f"no branch is called, or has in its name, {shortened(pattern)!r}; "
                     f"{nearest(pattern, list(self.branches))}"
                 )
-            kept |= {label: self.branches[label] for label in found}
+            kept.update(found)
         return self.with_branches({label: branch for label, branch in self.branches.items() if label in kept})
 
     def with_branches(self, branches: dict[str, BranchConfig]) -> RunConfig:

@@ -22,13 +22,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from artifacts.store import Store
 from flows.access import REPOSITORY, Access, AccessFile, new_password
 from flows.prefect_process import HOSTS
 from flows.terminal import errors
+from tasks.runtime.processes import environment
 
 HOST = HOSTS[0]
 START_TIMEOUT_S = 180.0
@@ -73,7 +74,7 @@ def server() -> Iterator[Callable[[], str]]:
         with _telling_loss():
             yield lambda: page(url)
     elif running is not None and answers(running.url):
-        with _environment(_client(running)), _telling_loss():
+        with environment(_client(running)), _telling_loss():
             yield lambda: page(running.url)
     else:
         with own_server() as (ready, access), _telling_loss():
@@ -114,7 +115,7 @@ def own_server(port: int = 0, password: str | None = None) -> Iterator[tuple[Cal
         url = f"http://{HOST}:{listener.getsockname()[1]}/api"
         access = Access(url, password or new_password())
         process = _Server(listener, access, home / "server.log")
-        with process, _environment(_client(access)):
+        with process, environment(_client(access)):
             yield process.wait, access
 
 
@@ -133,20 +134,6 @@ def _settings(access: Access) -> dict[str, str]:
         "PREFECT_SERVER_UI_API_URL": "/api",  # the UI's own origin, whichever of our names it was opened by
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     }
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -201,12 +188,12 @@ class _Server:
     def _start(self) -> subprocess.Popen[bytes]:
         descriptor = self._listener.fileno()
         command = [sys.executable, "-m", "flows.prefect_process", str(os.getpid()), "server", str(descriptor)]
-        environment = {**os.environ, **_settings(self._access)}
-        environment.pop("PREFECT_SERVER_API_BASE_PATH", None)
+        settings = {**os.environ, **_settings(self._access)}
+        settings.pop("PREFECT_SERVER_API_BASE_PATH", None)
         with open(os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as log:
             return subprocess.Popen(
                 command,
-                env=environment,
+                env=settings,
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=log,

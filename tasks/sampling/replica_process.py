@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tasks.runtime.processes import follow_parent
+from tasks.runtime.processes import environment, follow_parent
 from tasks.runtime.stage import StageError
 from tasks.sampling.engine import Engine, EngineOptions, SamplingParams
 from tasks.sampling.registry import open_engine
@@ -73,13 +72,13 @@ class Replica:
     """
 
     def __init__(
-        self, label: str, environment: Mapping[str, str], name: str, checkpoint: Path, options: EngineOptions
+        self, label: str, variables: Mapping[str, str], name: str, checkpoint: Path, options: EngineOptions
     ) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._label = label
         self.connection, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(theirs, name, checkpoint, options), name=label)
-        with contextlib.closing(theirs), _environment(environment):
+        with contextlib.closing(theirs), environment(variables):
             self._process.start()
         self.busy = True
 
@@ -138,21 +137,6 @@ class Replica:
         self._process.kill()
         self._process.join()
         self.connection.close()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """For a process started inside: a library reads its variables when it is imported, before any code of ours."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _serve(connection: Connection, name: str, checkpoint: Path, options: EngineOptions) -> None:
